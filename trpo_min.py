@@ -1,0 +1,1449 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.26", "numba>=0.60", "scipy>=1.11", "gymnasium>=1.1"]
+# ///
+"""Trust Region Policy Optimization in one file: NumPy, Numba and Gymnasium, no deep-learning framework.
+
+    python trpo_min.py --env CartPole-v1          train; see --help for everything else
+    theta, info = trpo_update(policy, theta, batch, config)          one update on a batch of your own
+
+Each update maximises the surrogate L inside a trust region of the mean KL divergence D (Schulman et al. 2015,
+"Trust Region Policy Optimization", arXiv:1502.05477).  The labels below are cited where each is computed.
+
+    E1  L(theta) = mean_n w_n exp(log pi_theta(a_n|s_n) - log pi_old(a_n|s_n)) A_n
+    E2  D(old, theta) = mean_n KL(pi_old(.|s_n) || pi_theta(.|s_n))
+    E3  g = grad L at old = mean_n J_n^T score_n w_n A_n           J_n = d mu_theta(s_n) / d theta
+    E4  F v = mean_n J_n^T M_n J_n v                               M_n = Hessian of KL in mu, in closed form
+    E5  (F + c I) step_dir = g                                     by conjugate gradients
+    E6  step_length = sqrt(2 max_kl / step_dir^T F step_dir)
+    E7  accept the first backtrack j with D <= max_kl and L > L(old)
+    E8  generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438)
+    E9  the value function: least squares on the lambda-returns, by the same F v and conjugate gradients
+
+Dimensions: N rows (state-action pairs), D observation features, K head outputs, A action components,
+P parameters of the policy, Q of the value function, T time steps, E environments, L layers of weights.
+"""
+import argparse
+import difflib
+import json
+import os
+import sys
+import tempfile
+import time
+import typing
+import zipfile
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numba
+import numpy as np
+
+__version__ = "0.1.0"
+
+# "numpy": a division by zero gives inf or NaN, which the callers look for, and does not block vectorization
+jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+# prange and nothing else: turning array expressions into parallel loops too would triple the time to compile
+_PRANGE_ONLY = dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
+parallel_jit = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=_PRANGE_ONLY | {"prange": True})
+
+
+# ======================================================================================== what is passed around
+class Config(NamedTuple):
+    """All settings; each is also a command-line option.  Annotated with type, allowed interval, meaning and unit."""
+
+    hidden: Annotated[tuple[int, ...], "[1, inf)", "widths of the hidden layers of both networks, units"] = (64, 64)
+    total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
+    num_envs: Annotated[int, "[1, inf)", "environments stepped together"] = 8
+    rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments"] = 1024
+    gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.99
+    lam: Annotated[float, "[0, 1]", "lambda of the advantage estimator: 0 TD error, 1 Monte Carlo"] = 0.95
+    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.01
+    damping: Annotated[float, "[0, inf)", "c in (F + c I): regularises the solve, not the step length"] = 0.1
+    cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per solve"] = 10
+    cg_tol: Annotated[float, "[0, 1)", "stop at this residual relative to the right-hand side"] = 1e-10
+    backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
+    max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
+    value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 3
+    value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.1
+    normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
+    normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
+    stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
+    dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
+
+
+class Policy(NamedTuple):
+    """Static, hashable description of a network and its head.
+
+    sizes: widths (D, hidden ..., outputs).  head: "gaussian" (mean from the network, log_std a free vector),
+    "categorical" (a product of categoricals with nvec[i] choices each) or "value" (one number, unit metric).
+    start: value of the first choice per categorical; low, high: bounds the environment's copy is clipped to.
+    """
+
+    sizes: tuple[int, ...]
+    head: str
+    nvec: tuple[int, ...] = ()
+    action_shape: tuple[int, ...] = ()
+    action_dtype: str = "float64"
+    start: tuple[int, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+
+class Batch(NamedTuple):
+    """State-action pairs sampled by the policy that is to be updated."""
+
+    obs: np.ndarray  # (N, D) as the network sees them
+    actions: np.ndarray  # (N, A) as sampled: floats, or choices counted from 0
+    adv: np.ndarray  # (N,) advantages, centred by the caller if wanted
+    mu_old: np.ndarray  # (N, K) head outputs of the policy that sampled
+    weights: np.ndarray | float = 1.0  # (N,) or one number: w_n of E1
+
+
+class UpdateInfo(NamedTuple):
+    """What an update did.  All figures describe the parameters that were kept."""
+
+    accepted: bool
+    reason: str  # "accepted", or why theta was kept
+    surrogate: float  # L(theta), E1
+    surrogate_old: float  # L(old)
+    kl: float  # D(old, theta), nats, E2
+    kl_largest: float  # largest KL over the states of the batch, nats
+    entropy: float  # mean entropy, nats
+    grad_norm: float  # |g|, E3
+    curvature: float  # step_dir^T F step_dir, E6
+    step_length: float  # the factor on step_dir that was kept
+    backtracks: int  # candidates refused before the one kept
+    cg_iters: int
+    cg_residual: float  # |g - (F + c I) step_dir|
+    cg_status: str
+
+
+class CGResult(NamedTuple):
+    """Solution, its residual norm, iterations taken, and a status out of CG_STATUS."""
+
+    x: np.ndarray
+    residual_norm: float
+    n_iter: int
+    status: str
+
+
+def _n_weights(policy):
+    return sum((m + 1) * n for m, n in zip(policy.sizes, policy.sizes[1:], strict=False))
+
+
+def n_params(policy):
+    """P: the length of theta."""
+    return _n_weights(policy) + (policy.sizes[-1] if policy.head == "gaussian" else 0)
+
+
+def n_outputs(policy):
+    """K: the columns of mu."""
+    return policy.sizes[-1] * (2 if policy.head == "gaussian" else 1)
+
+
+# ============================================================================================= checks at the boundary
+def _finite(name, array, shape, dtype=None):
+    """array as a C-contiguous floating-point array of this shape (None: any length), or a ValueError that says why."""
+    try:
+        array = np.asarray(array, dtype, order="C")
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers of one shape, got {type(array).__name__}") from None
+    array = array.astype(np.float64) if array.dtype.kind in "iub" else array
+    expected = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
+    if array.dtype not in (np.float64, np.float32):
+        raise ValueError(f"{name} must be float64 or float32, got {array.dtype}")
+    if array.size == 0 and 0 not in shape:
+        raise ValueError(f"{name} must not be empty, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity at index {np.argwhere(~np.isfinite(array))[0]}")
+    return array
+
+
+def _check_inputs(policy, theta, obs):
+    theta = _finite("theta", theta, (n_params(policy),))
+    return theta, _finite("obs", obs, (None, policy.sizes[0]), theta.dtype)
+
+
+def _check_actions(policy, actions, n_rows, dtype):
+    if policy.head == "gaussian":
+        return _finite("actions", actions, (n_rows, policy.sizes[-1]), dtype)
+    actions, shape = np.ascontiguousarray(actions), (n_rows, len(policy.nvec))
+    if actions.shape != shape or actions.dtype.kind not in "iu":
+        raise ValueError(f"actions must be integers of shape {shape}, got {actions.dtype} of shape {actions.shape}")
+    if ((actions < 0) | (actions >= policy.nvec)).any():
+        raise ValueError(f"actions must be choices counted from 0 and below nvec={policy.nvec}, got {actions.max()}")
+    return actions
+
+
+def _check_batch(policy, theta, batch):
+    """theta and batch as contiguous arrays of theta's dtype, or a ValueError that names the field."""
+    theta, obs = _check_inputs(policy, theta, batch.obs)
+    n, dtype = len(obs), theta.dtype
+    mu_old = _finite("mu_old", batch.mu_old, (n, n_outputs(policy)), dtype)
+    weights = _finite("weights", batch.weights, (n,) if np.ndim(batch.weights) else (), dtype)
+    actions = _check_actions(policy, batch.actions, n, dtype)
+    return theta, Batch(obs, actions, _finite("adv", batch.adv, (n,), dtype), mu_old, weights)
+
+
+def _check_mu_old(mu_old, mu):
+    """The update is around the policy that sampled: a stale mu_old, or obs normalised anew since, would not be."""
+    far, tolerance = np.abs(mu_old - mu).max(), np.sqrt(np.finfo(mu.dtype).eps) * max(1.0, np.abs(mu).max())
+    if not far <= tolerance:
+        raise ValueError(f"mu_old must be forward(policy, theta, obs), the policy that sampled; it is {far:.3g} away")
+
+
+def check_config(config):
+    """Raises ValueError where a field of config has the wrong type or is out of its interval."""
+    for name, hint in typing.get_type_hints(Config, include_extras=True).items():
+        kind, (interval, _) = hint.__origin__, hint.__metadata__
+        value, several = getattr(config, name), kind == tuple[int, ...]
+        if several and not isinstance(value, tuple):
+            raise ValueError(f"{name} must be a tuple of integers, got {value!r}")
+        for number in value if several else (value,):
+            _check_number(name, number, int if several else kind, interval)
+
+
+def _check_number(name, number, kind, interval):
+    if kind is str:
+        ok, expected = number in interval.split(), " or ".join(interval.split())
+    elif kind is bool:
+        ok, expected = isinstance(number, (bool, np.bool_)), "True or False"
+    else:
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+        ok = isinstance(number, numbers) and not isinstance(number, bool) and np.isfinite(number)
+        ok = ok and (number > low or (number == low and interval[0] == "["))
+        ok = ok and (number < high or (number == high and interval[-1] == "]"))
+        expected = f"{'an integer' if kind is int else 'a number'} in {interval}"
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {number!r}")
+
+
+# ==================================================================================================== policy heads
+# mu (N, K) is the mean and log_std (N, 2A) of a Gaussian, or the logits (N, sum(nvec)) of a product of categoricals:
+# one softmax for each group of nvec[i] columns.  log_std is a free vector, repeated on every row.
+LOG_2PI = float(np.log(2 * np.pi))
+
+
+def _groups(policy):
+    """The columns of mu that belong to each categorical."""
+    ends = np.cumsum(policy.nvec)
+    return [slice(end - n, end) for n, end in zip(policy.nvec, ends, strict=True)]
+
+
+def _log_softmax(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def log_prob(policy, mu, actions):
+    """log pi(a|s) (N,) in nats, of actions (N, A) under mu (N, K).
+
+    Gaussian: -sum_i z_i^2 / 2 + log_std_i + log(2 pi) / 2, z = (a - mean) / sigma; categorical: sum of log p[a_i].
+    """
+    if policy.head == "gaussian":
+        mean, log_std = np.split(mu, 2, axis=1)
+        z = (actions - mean) * np.exp(-log_std)
+        return -(0.5 * z * z + log_std + 0.5 * LOG_2PI).sum(axis=1)
+    rows = np.arange(len(mu))
+    return sum(_log_softmax(mu[:, g])[rows, actions[:, i]] for i, g in enumerate(_groups(policy)))
+
+
+def entropy(policy, mu):
+    """-E log pi(a|s) (N,) in nats.  Gaussian: sum of log_std + log(2 pi e) / 2; categorical: -sum p log p."""
+    if policy.head == "gaussian":
+        return (np.split(mu, 2, axis=1)[1] + 0.5 * (1 + LOG_2PI)).sum(axis=1)
+    log_p = [_log_softmax(mu[:, g]) for g in _groups(policy)]
+    return -sum((np.exp(lp) * lp).sum(axis=1) for lp in log_p)
+
+
+def kl(policy, mu_old, mu_new):
+    """KL(pi_old(.|s) || pi_new(.|s)) (N,) in nats, the integrand of E2.
+
+    Written with f(t) = exp(t) - 1 - t >= 0, so that it is 0 at old, never negative, and exact as it goes to 0:
+    categorical sum p_old f(log p_new/p_old); Gaussian sum of (shift / sigma_new)^2 / 2 + f(2 log sigma_old/sigma_new) / 2.
+    """
+    if policy.head == "gaussian":
+        (mean_old, log_std_old), (mean_new, log_std_new) = np.split(mu_old, 2, axis=1), np.split(mu_new, 2, axis=1)
+        t = 2 * (log_std_old - log_std_new)
+        shift = (mean_old - mean_new) * np.exp(-log_std_new)
+        return 0.5 * (shift * shift + (np.expm1(t) - t)).sum(axis=1)
+    total = 0.0
+    for g in _groups(policy):
+        log_p, log_q = _log_softmax(mu_old[:, g]), _log_softmax(mu_new[:, g])
+        p, t = np.exp(log_p), log_q - log_p
+        small = np.minimum(t, 1)  # beyond, p exp(t) = q, which cannot overflow
+        total = total + np.where(t < 1, p * (np.expm1(small) - small), np.exp(log_q) - p * (1 + t)).sum(axis=1)
+    return total
+
+
+def score(policy, mu, actions):
+    """d log pi(a|s) / d mu (N, K).  Gaussian: z / sigma and z^2 - 1; categorical: one-hot(a) - p."""
+    if policy.head == "gaussian":
+        mean, log_std = np.split(mu, 2, axis=1)
+        z = (actions - mean) * np.exp(-log_std)
+        return np.concatenate([z * np.exp(-log_std), z * z - 1], axis=1)
+    hot = [np.eye(n, dtype=mu.dtype)[actions[:, i]] for i, n in enumerate(policy.nvec)]
+    return np.concatenate(hot, axis=1) - _metric_diagonal(policy, mu)
+
+
+def _metric_diagonal(policy, mu):
+    """What M is made of (N, K).  Gaussian: M = diag(1/sigma^2, 2); categorical: p, M = diag(p) - p p^T; value: 1."""
+    if policy.head == "gaussian":
+        log_std = np.split(mu, 2, axis=1)[1]
+        return np.concatenate([np.exp(-2 * log_std), np.full_like(log_std, 2)], axis=1)
+    if policy.head == "categorical":
+        return np.concatenate([np.exp(_log_softmax(mu[:, g])) for g in _groups(policy)], axis=1)
+    return np.ones_like(mu)
+
+
+@jit
+def _metric_block(m, nvec, du, i, j):
+    """du <- M du for rows i to j of the diagonal m; each of the nvec categoricals subtracts its p (p . du)."""
+    for row in range(j - i):
+        for k in range(du.shape[1]):
+            du[row, k] *= m[i + row, k]
+        first = 0
+        for n in nvec:
+            total = du.dtype.type(0)
+            for k in range(first, first + n):
+                total += du[row, k]
+            for k in range(first, first + n):
+                du[row, k] -= m[i + row, k] * total
+            first += n
+
+
+def fisher_metric(policy, mu, dmu):
+    """M dmu (N, K), M = Hessian of KL(pi_mu || pi_mu') in mu' at mu: the Fisher information of the head, E4.
+
+    Gaussian: dmean / sigma^2 and 2 dlog_std; categorical: p dmu - p (p . dmu); value: dmu.  Never negative.
+    """
+    du = np.array(dmu, mu.dtype, order="C")
+    _metric_block(_metric_diagonal(policy, mu), np.array(policy.nvec, np.int64), du, 0, len(du))
+    return du
+
+
+@jit
+def _sample_rows(mu, nvec, noise, actions):
+    """actions <- samples of mu, made of noise (N, A): normal draws for a Gaussian, uniform in [0, 1) for categoricals.
+
+    The choice is the first whose cumulative probability exceeds the draw.  Rounding can leave none (a draw next to 1);
+    then it is the last choice of positive probability.
+    """
+    for i in range(mu.shape[0]):
+        if nvec.size == 0:
+            for k in range(noise.shape[1]):
+                actions[i, k] = mu[i, k] + np.exp(mu[i, noise.shape[1] + k]) * noise[i, k]
+        first = 0
+        for group, n in enumerate(nvec):
+            largest = mu[i, first]
+            for k in range(first, first + n):
+                largest = max(largest, mu[i, k])
+            total = 0.0
+            for k in range(first, first + n):
+                total += np.exp(mu[i, k] - largest)
+            cumulative = 0.0
+            for k in range(n):
+                p = np.exp(mu[i, first + k] - largest)
+                cumulative += p
+                if p > 0:
+                    actions[i, group] = k
+                if cumulative > noise[i, group] * total:
+                    break
+            first += n
+
+
+def _noise(policy, rng, *shape):
+    """The random numbers that samples are made of, drawn for many rows at once; float64, as a float32 could be 1."""
+    if policy.head == "gaussian":
+        return rng.standard_normal((*shape, policy.sizes[-1]))
+    return rng.random((*shape, len(policy.nvec)))
+
+
+def _empty_actions(policy, dtype, *shape):
+    if policy.head == "gaussian":
+        return np.empty((*shape, policy.sizes[-1]), dtype)
+    return np.zeros((*shape, len(policy.nvec)), np.int64)
+
+
+def sample(policy, mu, rng):
+    """Actions (N, A) drawn from pi_mu: floats (not clipped), or choices counted from 0."""
+    actions = _empty_actions(policy, mu.dtype, len(mu))
+    _sample_rows(mu, np.array(policy.nvec, np.int64), _noise(policy, rng, len(mu)), actions)
+    return actions
+
+
+# ============================================================================== network: forward, J v, J^T u, F v
+# theta holds W (m, n) and b (n,) of each layer in turn, then log_std (A,) for a Gaussian head.  acts holds obs, the
+# tanh outputs of each hidden layer and the network's outputs, layer after layer, rows in order: N * sum(sizes) numbers.
+BLOCK = 64  # rows per block: it stays in the first caches, and BLAS runs products this small on the calling thread
+
+
+@jit
+def _layer(theta, sizes, layer):
+    """W (m, n) and b (n,) of a layer, as views into theta (or into any vector laid out like it)."""
+    start = 0
+    for k in range(layer):
+        start += (sizes[k] + 1) * sizes[k + 1]
+    m, n = sizes[layer], sizes[layer + 1]
+    return theta[start : start + m * n].reshape(m, n), theta[start + m * n : start + m * n + n]
+
+
+@jit
+def _total(sizes):
+    total = 0
+    for n in sizes:
+        total += n
+    return total
+
+
+@jit
+def _rows(acts, sizes, layer, i, j):
+    """Rows i to j of a layer's activations (j - i, sizes[layer]), as a view into acts."""
+    n, n_rows = sizes[layer], acts.size // _total(sizes)
+    start = n_rows * _total(sizes[:layer])
+    return acts[start + i * n : start + j * n].reshape(j - i, n)
+
+
+@jit
+def _copy(source, out):
+    """out <- source; the slice assignment out[:] = source would take 3 s longer to compile."""
+    for i in range(out.shape[0]):
+        for k in range(out.shape[1]):
+            out[i, k] = source[i, k]
+
+
+@jit
+def _add_bias(z, b):
+    for i in range(z.shape[0]):
+        for k in range(z.shape[1]):
+            z[i, k] += b[k]
+
+
+@jit
+def _tanh_inplace(z):
+    """tanh(x) for every entry: Lambert's fraction at y = x/16, then tanh 2y = 2 tanh y / (1 + tanh^2 y) four times.
+
+    tanh y ~ num/den = y (945 + 105 y^2 + y^4) / (945 + 420 y^2 + 15 y^4); doubling num and den apart needs one
+    division.  Within 6 units in the last place.  Has no branch, so it vectorizes: 10 times libm's tanh here.
+    """
+    cast = z.dtype.type
+    limit, scale, one, two = cast(20), cast(1 / 16), cast(1), cast(2)
+    a1, a2, b1, b2 = cast(1 / 9), cast(1 / 945), cast(4 / 9), cast(1 / 63)
+    for i in range(z.shape[0]):
+        for k in range(z.shape[1]):
+            y = min(max(z[i, k], -limit), limit) * scale
+            y2 = y * y
+            num = y * (one + y2 * (a1 + y2 * a2))
+            den = one + y2 * (b1 + y2 * b2)
+            for _ in range(4):
+                num, den = two * num * den, den * den + num * num
+            z[i, k] = num / den
+
+
+@jit
+def _forward_block(theta, sizes, acts, i, j):
+    """Layers 1 to L of acts for rows i to j: h <- tanh(h W + b), the last one without tanh."""
+    last = sizes.size - 2
+    for layer in range(last + 1):
+        W, b = _layer(theta, sizes, layer)
+        z = _rows(acts, sizes, layer + 1, i, j)
+        np.dot(_rows(acts, sizes, layer, i, j), W, z)
+        _add_bias(z, b)
+        if layer < last:
+            _tanh_inplace(z)
+
+
+@jit
+def _jvp_block(theta, v, sizes, acts, dacts, i, j):
+    """Forward mode: dacts <- d acts along v.  dh' = (1 - h'^2) (dh W + h dW + db); obs do not move."""
+    last = sizes.size - 2
+    for layer in range(last + 1):
+        W, _ = _layer(theta, sizes, layer)
+        dW, db = _layer(v, sizes, layer)
+        dz = _rows(dacts, sizes, layer + 1, 0, j - i)
+        np.dot(_rows(acts, sizes, layer, i, j), dW, dz)
+        _add_bias(dz, db)
+        if layer > 0:
+            dz += np.dot(_rows(dacts, sizes, layer, 0, j - i), W)
+        if layer < last:
+            _times_tanh_slope(dz, _rows(acts, sizes, layer + 1, i, j))
+
+
+@jit
+def _vjp_block(theta, sizes, acts, dacts, i, j, out):
+    """Reverse mode: out += J^T u, with u in the last layer of dacts; the layers before it are overwritten.
+
+    dW = h^T u, db = sum of u, and u <- (u W^T) (1 - h^2) for the layer before.
+    """
+    for layer in range(sizes.size - 2, -1, -1):
+        W, _ = _layer(theta, sizes, layer)
+        dW, db = _layer(out, sizes, layer)
+        h = _rows(acts, sizes, layer, i, j)
+        u = _rows(dacts, sizes, layer + 1, 0, j - i)
+        dW += np.dot(h.T, u)
+        for row in range(u.shape[0]):
+            for k in range(u.shape[1]):
+                db[k] += u[row, k]
+        if layer > 0:
+            u_before = _rows(dacts, sizes, layer, 0, j - i)
+            np.dot(u, W.T, u_before)
+            _times_tanh_slope(u_before, h)
+
+
+@jit
+def _times_tanh_slope(dz, h):
+    """dz <- dz (1 - h^2), with h = tanh(z)."""
+    one = h.dtype.type(1)
+    for i in range(dz.shape[0]):
+        for k in range(dz.shape[1]):
+            dz[i, k] *= one - h[i, k] * h[i, k]
+
+
+@parallel_jit
+def _activations(theta, sizes, obs):
+    """acts for obs (N, D); the network's outputs are its last N * sizes[-1] numbers."""
+    n_rows = obs.shape[0]
+    acts = np.empty(n_rows * _total(sizes), obs.dtype)
+    _copy(obs, _rows(acts, sizes, 0, 0, n_rows))
+    for block in numba.prange((n_rows + BLOCK - 1) // BLOCK):
+        _forward_block(theta, sizes, acts, block * BLOCK, min((block + 1) * BLOCK, n_rows))
+    return acts
+
+
+@jit
+def _jtu_blocks(theta, v, sizes, acts, m, nvec, u, first, last, out):
+    """out <- what blocks first to last add to J^T u, or to J^T M J v where v is not empty."""
+    n_rows = acts.size // _total(sizes)
+    dacts = np.empty(BLOCK * _total(sizes), theta.dtype)
+    out[:] = 0
+    for block in range(first, last):
+        i, j = block * BLOCK, min((block + 1) * BLOCK, n_rows)
+        du = _rows(dacts, sizes, sizes.size - 1, 0, j - i)
+        if v.size == 0:
+            _copy(u[i:j], du)
+        else:
+            _jvp_block(theta, v, sizes, acts, dacts, i, j)
+            _metric_block(m, nvec, du, i, j)
+        _vjp_block(theta, sizes, acts, dacts, i, j, out)
+
+
+@jit
+def _sum_partial(partial):
+    """The sum of the rows of partial, in order."""
+    total = partial[0]
+    for chunk in range(1, partial.shape[0]):
+        for k in range(total.size):
+            total[k] += partial[chunk, k]
+    return total
+
+
+@parallel_jit
+def _jtu(theta, v, sizes, acts, m, nvec, u):
+    """J^T u (P,) for u (N, outputs) if v is empty; else J^T M J v, summed over rows: a JVP, M and a VJP per block.
+
+    Rows are added up in chunks, whose number is set by the sizes and not by the threads, so that the bits never
+    change, and is small enough for their partial sums to take no more memory than acts.
+    """
+    n_rows = acts.size // _total(sizes)
+    n_blocks = (n_rows + BLOCK - 1) // BLOCK
+    n_chunks = max(1, min(n_blocks, 64, acts.size // theta.size))
+    partial = np.empty((n_chunks, theta.size), theta.dtype)
+    for chunk in numba.prange(n_chunks):
+        first, last = chunk * n_blocks // n_chunks, (chunk + 1) * n_blocks // n_chunks
+        _jtu_blocks(theta, v, sizes, acts, m, nvec, u, first, last, partial[chunk])
+    return _sum_partial(partial)
+
+
+# ==================================================================================== E5: conjugate gradients
+CG_STATUS = ("converged", "iteration limit", "negative curvature", "not finite")
+CONVERGED, ITERATION_LIMIT, NEGATIVE_CURVATURE, NOT_FINITE = range(4)
+
+
+@jit
+def _dot(a, b):
+    """a . b, added up in order and in float64: BLAS would add in an order that depends on the number of threads."""
+    total = 0.0
+    for k in range(a.size):
+        total += np.float64(a[k]) * np.float64(b[k])
+    return total
+
+
+@jit
+def _cg_step(x, r, p, Ap, rr):
+    """One iteration on A x = b, in place: x, residual r = b - A x, direction p, given Ap = A p and rr = r . r."""
+    pAp = _dot(p, Ap)
+    if not np.isfinite(pAp):
+        return rr, NOT_FINITE
+    if pAp <= 0.0:
+        return rr, NEGATIVE_CURVATURE
+    alpha = rr / pAp
+    for k in range(x.size):
+        x[k] += alpha * p[k]
+        r[k] -= alpha * Ap[k]
+    rr_new = _dot(r, r)
+    for k in range(x.size):
+        p[k] = r[k] + rr_new / rr * p[k]
+    return rr_new, ITERATION_LIMIT
+
+
+def cg(matvec, b, max_iter=10, tol=1e-10):
+    """E5: solve A x = b by conjugate gradients from x = 0, for a symmetric positive definite matvec(p) = A p.
+
+    Stops at |b - A x| <= tol |b|, or after max_iter iterations, or, with x as it was before that iteration, at a
+    direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in no iterations.
+    residual_norm is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is.
+    Source: Hestenes and Stiefel 1952.
+    """
+    b = _finite("b", b, (None,))
+    scale = np.abs(b).max(initial=0.0) or 1.0  # squares of |b| may not overflow or underflow
+    x, r, p = np.zeros_like(b), b / scale, b / scale
+    rr = _dot(r, r)
+    stop, n_iter, status = tol * tol * rr, 0, ITERATION_LIMIT
+    while rr > stop and n_iter < max_iter and status == ITERATION_LIMIT:
+        rr, status = _cg_step(x, r, p, np.asarray(matvec(p), b.dtype), rr)
+        n_iter += status == ITERATION_LIMIT
+    status = CONVERGED if rr <= stop else status
+    return CGResult(x * scale, float(np.sqrt(rr)) * float(scale), n_iter, CG_STATUS[status])
+
+
+@jit
+def _fvp(theta, v, sizes, acts, m, nvec, damping):
+    """F v + damping v, E4.  log_std does not see the state, so its block of F is 2 I whatever the rows."""
+    n_rows = acts.size // _total(sizes)
+    Fv = _jtu(theta, v, sizes, acts, m, nvec, m)
+    n_weights = 0
+    for layer in range(1, sizes.size):
+        n_weights += (sizes[layer - 1] + 1) * sizes[layer]
+    for k in range(theta.size):
+        Fv[k] = (Fv[k] / n_rows if k < n_weights else 2 * v[k]) + damping * v[k]
+    return Fv
+
+
+@jit
+def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
+    """cg for (F + damping I) x = b, compiled from start to finish; also x^T F x, without the damping.
+
+    x^T F x = x . (b - r) - damping x . x costs no product; where that cancels four digits or more, it takes one.
+    """
+    x, r, p = np.zeros_like(b), b.copy(), b.copy()
+    rr = _dot(r, r)
+    stop, n_iter, status = tol * tol * rr, 0, ITERATION_LIMIT
+    while rr > stop and n_iter < max_iter and status == ITERATION_LIMIT:
+        rr, status = _cg_step(x, r, p, _fvp(theta, p, sizes, acts, m, nvec, damping), rr)
+        n_iter += status == ITERATION_LIMIT
+    damped = damping * _dot(x, x)
+    curvature = _dot(x, b) - _dot(x, r) - damped
+    if curvature < 1e-4 * damped:
+        curvature = _dot(x, _fvp(theta, x, sizes, acts, m, nvec, 0.0))
+    return x, np.sqrt(rr), n_iter, CONVERGED if rr <= stop else status, curvature
+
+
+# ============================================================================ the policy as a function of its parameters
+def init_params(policy, rng, dtype=np.float64):
+    """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0, log_std 0 (sigma = 1).
+
+    Orthogonal: Saxe et al. 2014.  A small last layer makes the first policy the same in every state.
+    """
+    theta = np.zeros(n_params(policy), dtype)
+    sizes = np.array(policy.sizes)
+    for layer in range(len(sizes) - 1):
+        W, _ = _layer(theta, sizes, layer)
+        q, r = np.linalg.qr(rng.standard_normal((max(W.shape), min(W.shape))))
+        q *= np.sign(np.diag(r))  # makes q uniform over the orthogonal matrices
+        W[:] = (q if W.shape[0] >= W.shape[1] else q.T) * (0.01 if layer == len(sizes) - 2 else 1.0)
+    return theta
+
+
+def _outputs(policy, theta, acts):
+    """mu (N, K) out of acts: the network's outputs, and log_std beside them for a Gaussian."""
+    n_rows = acts.size // sum(policy.sizes)
+    out = acts[acts.size - n_rows * policy.sizes[-1] :].reshape(n_rows, -1)
+    if policy.head != "gaussian":
+        return out
+    return np.concatenate([out, np.broadcast_to(theta[-policy.sizes[-1] :], out.shape)], axis=1)
+
+
+def forward(policy, theta, obs):
+    """Head outputs mu (N, K) for obs (N, D).  Raises ValueError where shapes do not fit or numbers are not finite."""
+    theta, obs = _check_inputs(policy, theta, obs)
+    return _outputs(policy, theta, _activations(theta, np.array(policy.sizes), obs))
+
+
+def jvp(policy, theta, obs, v):
+    """J v (N, K): the derivative of mu at theta along v (P,)."""
+    theta, obs = _check_inputs(policy, theta, obs)
+    v = _finite("v", v, theta.shape, theta.dtype)
+    sizes = np.array(policy.sizes)
+    acts = _activations(theta, sizes, obs)
+    dacts = np.zeros_like(acts)
+    _jvp_block(theta, v, sizes, acts, dacts, 0, len(obs))
+    return _outputs(policy, v, dacts)
+
+
+def vjp(policy, theta, obs, u):
+    """J^T u (P,): the gradient in theta of the sum over rows of mu . u, for u (N, K).  Adjoint of jvp."""
+    theta, obs = _check_inputs(policy, theta, obs)
+    u = _finite("u", u, (len(obs), n_outputs(policy)), theta.dtype)
+    return _vjp(policy, theta, _activations(theta, np.array(policy.sizes), obs), u)
+
+
+def _vjp(policy, theta, acts, u):
+    n_out = policy.sizes[-1]
+    no_v, no_nvec = np.empty(0, theta.dtype), np.empty(0, np.int64)
+    grad = _jtu(theta, no_v, np.array(policy.sizes), acts, u, no_nvec, np.ascontiguousarray(u[:, :n_out]))
+    if policy.head == "gaussian":
+        grad[-n_out:] = u[:, n_out:].sum(axis=0)
+    return grad
+
+
+def fvp(policy, theta, obs, v, damping=0.0):
+    """F v + damping v (P,), F v = mean_n J_n^T M_n J_n v, E4: the Hessian of D(theta, .) at theta times v.
+
+    Three composed maps on cached activations: no second derivative, F never formed; twice the cost of a gradient.
+    The KL and its gradient are 0 at theta, so this Hessian is all there is to the KL nearby; the term with second
+    derivatives of mu vanishes because it carries that gradient.
+    """
+    theta, obs = _check_inputs(policy, theta, obs)
+    v = _finite("v", v, theta.shape, theta.dtype)
+    acts = _activations(theta, np.array(policy.sizes), obs)
+    return _fvp(theta, v, *_fisher(policy, theta, acts), damping)
+
+
+def _fisher(policy, theta, acts):
+    """What _fvp and _solve need to know of F: sizes, acts, the diagonal of M in the network's outputs, nvec."""
+    m = _metric_diagonal(policy, _outputs(policy, theta, acts))[:, : policy.sizes[-1]]
+    return np.array(policy.sizes), acts, np.ascontiguousarray(m), np.array(policy.nvec, np.int64)
+
+
+# ======================================================================================== E1 to E7: the policy update
+def _surrogate(policy, mu, batch):
+    ratio = np.exp(log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions))
+    return float(np.mean(batch.weights * ratio * batch.adv))
+
+
+def surrogate(policy, theta, batch):
+    """L(theta) = mean_n w_n pi_theta(a_n|s_n) / pi_old(a_n|s_n) A_n, E1, to be maximised."""
+    theta, batch = _check_batch(policy, theta, batch)
+    return _surrogate(policy, forward(policy, theta, batch.obs), batch)
+
+
+def _surrogate_grad(policy, theta, acts, batch):
+    mu = _outputs(policy, theta, acts)
+    ratio = np.exp(log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions))
+    per_row = batch.weights * ratio * batch.adv / len(mu)
+    return _vjp(policy, theta, acts, score(policy, mu, batch.actions) * per_row[:, None])
+
+
+def surrogate_grad(policy, theta, batch):
+    """grad L (P,) at theta: mean_n J_n^T score_n w_n ratio_n A_n; E3 where theta is old and every ratio is 1."""
+    theta, batch = _check_batch(policy, theta, batch)
+    return _surrogate_grad(policy, theta, _activations(theta, np.array(policy.sizes), batch.obs), batch)
+
+
+class _Step(NamedTuple):
+    """How a trust-region step went: the figures of UpdateInfo of the same names."""
+
+    curvature: float
+    step_length: float
+    backtracks: int
+    cg_iters: int
+    cg_residual: float
+    cg_status: str
+
+
+def _trust_region_step(net, params, acts, grad, measure, radius, longest, config):
+    """Uphill along (F + c I)^-1 grad, as far as the quadratic model allows, backtracking: E4 to E7.
+
+    measure(mu) -> (objective, divergence); the step kept has divergence <= radius and a larger objective.
+    Returns (params, mu at them, _Step); params themselves, untouched, if no candidate has both.
+    """
+    sizes, n_rows = np.array(net.sizes), acts.size // sum(net.sizes)
+    obs, mu = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), _outputs(net, params, acts)
+    step_dir, residual, cg_iters, status, curvature = _solve(  # E4, E5
+        params, grad, *_fisher(net, params, acts), config.damping, config.cg_iters, config.cg_tol
+    )
+    step = _Step(curvature, 0.0, 0, cg_iters, residual, CG_STATUS[status])
+    if not 0 < curvature < np.inf:  # a zero gradient, or what status says
+        return params, mu, step
+    objective_old, _ = measure(mu)
+    longest = min(np.sqrt(2 * radius / curvature), longest)  # E6
+    for j in range(config.max_backtracks):  # E7
+        step_length = longest * config.backtrack_coef**j
+        candidate = params + params.dtype.type(step_length) * step_dir
+        mu_new = _outputs(net, candidate, _activations(candidate, sizes, obs))
+        objective, divergence = measure(mu_new)
+        if divergence <= radius and objective > objective_old:  # False for NaN
+            return candidate, mu_new, step._replace(step_length=step_length, backtracks=j)
+    return params, mu, step._replace(backtracks=config.max_backtracks)
+
+
+def trpo_update(policy, theta, batch, config=Config()):
+    """One trust-region step, E1 to E7: returns (theta, UpdateInfo); a pure function of its arguments.
+
+    theta (P,) is the policy that sampled batch.  The new theta has mean KL <= max_kl and a larger surrogate, or is
+    bitwise the old one where no backtrack has both.  The step does not depend on the scale of the advantages.
+    Raises ValueError, before any work, for wrong shapes, NaN or infinity, and if batch.mu_old is not theta's.
+    """
+    theta, batch = _check_batch(policy, theta, batch)
+    scale = np.abs(batch.adv).max() or 1.0  # the step is the same for any scale: this one cannot overflow
+    batch = batch._replace(adv=batch.adv / scale)
+    acts = _activations(theta, np.array(policy.sizes), batch.obs)
+    _check_mu_old(batch.mu_old, _outputs(policy, theta, acts))
+
+    def measure(mu):
+        return _surrogate(policy, mu, batch), kl(policy, batch.mu_old, mu).mean()  # E1, E2
+
+    grad = _surrogate_grad(policy, theta, acts, batch)  # E3
+    with np.errstate(over="ignore", invalid="ignore"):  # a candidate that is not finite is refused, not an error
+        theta_new, mu, step = _trust_region_step(policy, theta, acts, grad, measure, config.max_kl, np.inf, config)
+
+    accepted = step.step_length > 0
+    if accepted:
+        reason = "accepted"
+    elif not grad.any():
+        reason = "zero gradient"
+    elif step.backtracks:
+        reason = f"none of {step.backtracks} backtracks had KL <= max_kl and a larger surrogate"
+    else:
+        reason = f"no curvature along the step (conjugate gradients: {step.cg_status})"
+    kl_rows = kl(policy, batch.mu_old, mu)
+    return theta_new, UpdateInfo(
+        accepted=accepted,
+        reason=reason,
+        surrogate=_surrogate(policy, mu, batch) * scale,
+        surrogate_old=_surrogate(policy, batch.mu_old, batch) * scale,
+        kl=float(kl_rows.mean()),
+        kl_largest=float(kl_rows.max()),
+        entropy=float(entropy(policy, mu).mean()),
+        grad_norm=float(np.linalg.norm(grad)) * scale,
+        **step._replace(cg_residual=step.cg_residual * scale)._asdict(),
+    )
+
+
+# ====================================================================== E8, E9: advantages and the value function
+@jit
+def _gae(rewards, values, next_values, terminated, truncated, gamma, lam):
+    adv = np.empty_like(values)
+    carry = np.zeros_like(values[0])
+    for t in range(len(rewards) - 1, -1, -1):
+        for e in range(carry.size):
+            bootstrap = 0.0 if terminated[t, e] else gamma * next_values[t, e]
+            ended = terminated[t, e] or truncated[t, e]
+            delta = rewards[t, e] + bootstrap - values[t, e]
+            carry[e] = delta if ended else delta + gamma * lam * carry[e]
+            adv[t, e] = carry[e]
+    return adv
+
+
+def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
+    """Advantages and lambda-returns, each (T, E), of T steps in E environments, E8.
+
+    delta_t = r_t + gamma V(s_t+1) - V(s_t);  A_t = delta_t + gamma lam A_t+1, up to the end of the episode or rollout.
+    next_values holds V of the observation that each step led to, before any reset: it counts as 0 where terminated,
+    and as it is where truncated.  Returns (A, A + V).  Source: Schulman et al. 2016.
+    """
+    values = _finite("values", values, (None, None))
+    rewards, next_values = (
+        _finite(name, array, values.shape, values.dtype)
+        for name, array in (("rewards", rewards), ("next_values", next_values))
+    )
+    terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
+    if not terminated.shape == truncated.shape == values.shape:
+        raise ValueError(f"terminated and truncated must have shape {values.shape}, as values")
+    adv = _gae(rewards, values, next_values, terminated, truncated, float(gamma), float(lam))
+    return adv, adv + values
+
+
+def fit_value(value, phi, obs, returns, config=Config()):
+    """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
+
+    The same step as the policy's: V is the mean of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is
+    the Gauss-Newton matrix.  A full step solves the linearised least squares; it is cut where the mean (dV)^2 / 2
+    would exceed value_kl times the mean squared error, and kept only if that error falls.  No learning rate, no
+    minibatches, no random numbers.
+    """
+    phi, obs = _check_inputs(value, phi, obs)
+    returns = _finite("returns", returns, (len(obs),), phi.dtype)[:, None]
+    for _ in range(config.value_iters):
+        acts = _activations(phi, np.array(value.sizes), obs)
+        values = _outputs(value, phi, acts)
+        mse = np.mean(np.square(returns - values))
+        grad = _vjp(value, phi, acts, (returns - values) / len(obs))
+
+        def measure(new, old=values):
+            return -np.mean(np.square(returns - new)), np.mean(np.square(new - old)) / 2
+
+        phi, _, _ = _trust_region_step(value, phi, acts, grad, measure, config.value_kl * mse, 1.0, config)
+    return phi
+
+
+# ============================================================================================ running statistics
+class RunningStats(NamedTuple):
+    """Count, mean and sum of squared deviations of the rows seen so far.  Rows are not normalised at count 0."""
+
+    count: float
+    mean: np.ndarray  # (D,)
+    m2: np.ndarray  # (D,)
+
+
+def update_stats(stats, rows):
+    """stats after rows (N, D) more.  Merges two-pass moments (Chan et al. 1983): nothing cancels."""
+    n, mean = len(rows), rows.mean(axis=0)
+    total, delta = stats.count + n, mean - stats.mean
+    m2 = stats.m2 + np.square(rows - mean).sum(axis=0) + np.square(delta) * (stats.count * n / total)
+    return RunningStats(total, stats.mean + delta * (n / total), m2)
+
+
+def _inverse_std(stats):
+    return 1 / np.sqrt(stats.m2 / stats.count + 1e-8) if stats.count else np.ones_like(stats.mean)
+
+
+@jit
+def _normalize_rows(raw, mean, inverse_std, out):
+    """out <- (raw - mean) / std, cut at +-10; whether raw was finite throughout."""
+    finite = True
+    for i in range(raw.shape[0]):
+        for k in range(raw.shape[1]):
+            finite &= np.isfinite(raw[i, k])
+            out[i, k] = min(max((raw[i, k] - mean[k]) * inverse_std[k], -10.0), 10.0)
+    return finite
+
+
+def normalize(stats, raw, dtype=np.float64):
+    """Observations (N, D) as the networks see them; raw itself while stats is empty."""
+    out = np.empty(raw.shape, dtype)
+    _normalize_rows(raw, stats.mean, _inverse_std(stats), out)
+    return out
+
+
+# ================================================================================================ spaces and environments
+def make_policy(observation_space, action_space, hidden=(64, 64)):
+    """The Policy for two Gymnasium spaces: any observations that flatten to a vector; Box, Discrete, MultiDiscrete or
+    MultiBinary actions of any shape.  Raises ValueError that names the space for anything else."""
+    from gymnasium import spaces
+
+    if not observation_space.is_np_flattenable:
+        raise ValueError(
+            f"observation space {observation_space} is not supported: it must flatten to a vector of fixed length "
+            "(Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of these)"
+        )
+    shape, dtype = action_space.shape or (), np.dtype(action_space.dtype or object).name
+    common = {"action_shape": shape, "action_dtype": dtype}
+    if isinstance(action_space, spaces.Box):
+        outputs, low, high = int(np.prod(shape)), action_space.low.ravel(), action_space.high.ravel()
+        head = {"head": "gaussian", "low": tuple(low.tolist()), "high": tuple(high.tolist())}
+    elif isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        nvec = 2 if isinstance(action_space, spaces.MultiBinary) else getattr(action_space, "nvec", None)
+        nvec = np.broadcast_to(action_space.n if nvec is None else nvec, shape).ravel().tolist()
+        start = np.broadcast_to(getattr(action_space, "start", 0), shape).ravel().tolist()
+        outputs, head = sum(nvec), {"head": "categorical", "nvec": tuple(nvec), "start": tuple(start)}
+    else:
+        raise ValueError(
+            f"action space {action_space} is not supported: it must be Box, Discrete, MultiDiscrete or MultiBinary"
+        )
+    return Policy((spaces.flatdim(observation_space), *hidden, outputs), **head, **common)
+
+
+def _value_network(policy):
+    return Policy((*policy.sizes[:-1], 1), "value")
+
+
+def _env_actions(policy, actions):
+    """The environment's copy of actions (N, A): clipped to the bounds, or counted from start; shape and dtype of its
+    space.  What is learned from stays as it was sampled."""
+    if policy.head == "gaussian":
+        actions = np.clip(actions, policy.low, policy.high)
+        actions = np.rint(actions) if policy.action_dtype.startswith(("int", "uint")) else actions
+    else:
+        actions = actions + np.array(policy.start)
+    return actions.reshape(-1, *policy.action_shape).astype(policy.action_dtype)
+
+
+def flatten_obs(space, obs, n):
+    """n observations of a Gymnasium space, batched as its vector environments batch them, as float64 (n, D)."""
+    from gymnasium import spaces
+    from gymnasium.vector.utils import batch_space, iterate
+
+    if isinstance(space, spaces.Box):
+        return np.asarray(obs, np.float64).reshape(n, -1)
+    rows = iterate(batch_space(space, n), obs)
+    return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
+
+
+def _make_envs(env, config):
+    """env (an id, a gym.Env, a VectorEnv, or a callable that makes one) as a VectorEnv."""
+    import gymnasium as gym
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+    try:
+        if isinstance(env, str):
+            first, make = gym.make(env), lambda: gym.make(env)
+        else:
+            first, make = (env, None) if isinstance(env, (gym.Env, VectorEnv)) else (env(), env)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise ValueError(f"cannot make the environment {env}: {str(error).rstrip('.')}") from error
+    if isinstance(first, VectorEnv):
+        return first
+    others = [make] * (config.num_envs - 1) if make else []
+    return SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def _spec(envs):
+    """The registered EnvSpec of a VectorEnv or of its first environment; None if it has none."""
+    return envs.spec or (envs.get_attr("spec")[0] if hasattr(envs, "get_attr") else None)
+
+
+# ======================================================================================================== sampling
+class Runner(NamedTuple):
+    """Where the environments stand between rollouts."""
+
+    obs: np.ndarray  # (E, D) raw, float64
+    resetting: np.ndarray  # (E,) the next step only resets: NEXT_STEP autoreset after the end of an episode
+    episode_return: np.ndarray  # (E,) raw rewards so far
+    episode_length: np.ndarray  # (E,)
+    discounted: np.ndarray  # (E,) sum of raw rewards so far, each step's worth gamma of the next one's
+
+
+class Rollout(NamedTuple):
+    """T steps in E environments.  Rows where real is False were resets and are not to be learned from."""
+
+    raw_obs: np.ndarray  # (T, E, D)
+    obs: np.ndarray  # (T, E, D) as the policy saw them
+    mu: np.ndarray  # (T, E, K)
+    actions: np.ndarray  # (T, E, A) as sampled
+    rewards: np.ndarray  # (T, E) raw
+    terminated: np.ndarray  # (T, E)
+    truncated: np.ndarray  # (T, E)
+    real: np.ndarray  # (T, E)
+    discounted: np.ndarray  # (T, E) as in Runner; its deviation is the scale of the rewards
+    last_obs: np.ndarray  # (E, D) raw, after the last step
+    final_at: list  # (t, e) of each episode's end
+    final_obs: list  # (D,) raw, that each ended with: what a truncated row bootstraps from
+    episodes: list  # (return, length) of each
+
+
+@jit
+def _act_rows(theta, sizes, nvec, log_std, raw, mean, inverse_std, noise, acts, obs, mu, actions):
+    """One vector step of the policy in one compiled call: normalise, forward, sample.  Whether raw was finite."""
+    n_rows, n_out = raw.shape[0], sizes[sizes.size - 1]
+    finite = _normalize_rows(raw, mean, inverse_std, obs)
+    _copy(obs, _rows(acts, sizes, 0, 0, n_rows))
+    for i in range(0, n_rows, BLOCK):
+        _forward_block(theta, sizes, acts, i, min(i + BLOCK, n_rows))
+    _copy(_rows(acts, sizes, sizes.size - 1, 0, n_rows), mu[:, :n_out])
+    for i in range(n_rows):
+        for k in range(log_std.size):
+            mu[i, n_out + k] = log_std[k]
+    _sample_rows(mu, nvec, noise, actions)
+    return finite
+
+
+def _first_runner(envs, seed):
+    n, zeros = envs.num_envs, np.zeros(envs.num_envs)
+    obs, _ = envs.reset(seed=seed)
+    obs = flatten_obs(envs.single_observation_space, obs, n)
+    return Runner(obs, np.zeros(n, bool), zeros, np.zeros(n, np.int64), zeros)
+
+
+def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
+    """n_steps of every environment under theta, from where runner stands: returns (Rollout, Runner).
+
+    The rows are those of a serial loop in each environment, whatever the autoreset mode.  obs_stats stays as it is.
+    Raises ValueError where an observation or a reward is not finite.
+    """
+    from gymnasium.spaces import flatten
+    from gymnasium.vector import AutoresetMode
+
+    mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+    E, D, K, space = envs.num_envs, policy.sizes[0], n_outputs(policy), envs.single_observation_space
+    raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
+    mu, actions = np.empty((n_steps, E, K), theta.dtype), _empty_actions(policy, theta.dtype, n_steps, E)
+    rewards, discounted, flags = *np.empty((2, n_steps, E)), np.empty((3, n_steps, E), bool)
+    noise, sizes, nvec = _noise(policy, rng, n_steps, E), np.array(policy.sizes), np.array(policy.nvec, np.int64)
+    log_std, acts = theta[_n_weights(policy) :], np.empty(E * sum(policy.sizes), theta.dtype)
+    mean, inverse_std = obs_stats.mean, _inverse_std(obs_stats)
+    current, resetting, running = runner.obs, runner.resetting, runner.discounted
+    episode_return, episode_length = runner.episode_return.copy(), runner.episode_length.copy()
+    final_at, final_obs, episodes = [], [], []
+    for t in range(n_steps):
+        raw_obs[t] = current
+        if not _act_rows(
+            theta, sizes, nvec, log_std, raw_obs[t], mean, inverse_std, noise[t], acts, obs[t], mu[t], actions[t]
+        ):
+            raise ValueError(f"the environment returned an observation with NaN or infinity: {current}")
+        current, rewards[t], terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
+        current = flatten_obs(space, current, E)
+        flags[:, t] = terminated, truncated, ~resetting
+        discounted[t] = running = gamma * running + rewards[t]
+        episode_return += rewards[t]
+        episode_length += ~resetting
+        ended = terminated | truncated
+        if ended.any():
+            for e in np.flatnonzero(ended):
+                same_step = mode == AutoresetMode.SAME_STEP
+                final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else current[e])
+                final_at.append((t, e))
+                episodes.append((float(episode_return[e]), int(episode_length[e])))
+            episode_return[ended], episode_length[ended], running = 0, 0, np.where(ended, 0, running)
+            if mode == AutoresetMode.DISABLED:
+                current = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
+        resetting = ended if mode == AutoresetMode.NEXT_STEP else np.zeros(E, bool)
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"the environment returned a reward of {rewards[~np.isfinite(rewards)][0]}")
+    rollout = Rollout(raw_obs, obs, mu, actions, rewards, *flags, discounted, current, final_at, final_obs, episodes)
+    return rollout, Runner(current, resetting, episode_return, episode_length, running)
+
+
+# ======================================================================================================== training
+class TrainState(NamedTuple):
+    """All that training carries from one update to the next, but for the environments themselves."""
+
+    env: str  # what the environment calls itself
+    config: Config
+    policy: Policy
+    theta: np.ndarray  # (P,)
+    value: Policy
+    phi: np.ndarray  # (Q,)
+    obs_stats: RunningStats
+    reward_stats: RunningStats
+    rng_state: dict  # of the np.random.Generator
+    steps: int = 0  # environment steps taken
+    updates: int = 0
+    episodes: int = 0  # finished
+    returns: tuple[float, ...] = ()  # raw returns of the last 100 episodes
+    lengths: tuple[int, ...] = ()
+    solved: bool = False
+
+
+def _generator(state):
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state.rng_state
+    return rng
+
+
+def init_state(env, policy, config, seed):
+    """The TrainState before the first step."""
+    rng, value = np.random.default_rng(seed), _value_network(policy)
+    theta, phi = (init_params(net, rng, np.dtype(config.dtype)) for net in (policy, value))
+    empty = [RunningStats(0.0, np.zeros(n), np.zeros(n)) for n in (policy.sizes[0], 1)]
+    return TrainState(env, config, policy, theta, value, phi, *empty, rng.bit_generator.state)
+
+
+def _centre(adv):
+    """adv minus its mean; exactly 0 where what is left is no more than the rounding of that mean."""
+    centred = adv - adv.mean()
+    noise = len(adv) * np.finfo(adv.dtype).eps * np.abs(adv).max()
+    return centred if np.abs(centred).max() > noise else np.zeros_like(adv)
+
+
+def _advantages(state, rollout, rewards):
+    """gae of a rollout: values of all rows at once, then of what followed the last row and each truncated one."""
+    T, E, D = rollout.obs.shape
+
+    def V(obs):
+        return forward(state.value, state.phi, obs)[:, 0]
+
+    values = V(rollout.obs.reshape(T * E, D)).reshape(T, E)
+    after = normalize(state.obs_stats, np.stack([*rollout.last_obs, *rollout.final_obs]), values.dtype)
+    after = V(after)
+    next_values = np.concatenate([values[1:], after[None, :E]])
+    for (t, e), final_value in zip(rollout.final_at, after[E:], strict=True):
+        next_values[t, e] = final_value
+    config = state.config
+    return gae(rewards, values, next_values, rollout.terminated, rollout.truncated, config.gamma, config.lam)
+
+
+def learn(state, rollout):
+    """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
+
+    Observation statistics move last: rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo,
+    explained variance of the value function on the rollout).
+    """
+    config, real = state.config, rollout.real
+    reward_stats = state.reward_stats
+    if config.normalize_reward:
+        reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
+    adv, returns = _advantages(state, rollout, rollout.rewards * _inverse_std(reward_stats)[0])
+    batch = Batch(rollout.obs[real], rollout.actions[real], _centre(adv[real]), rollout.mu[real])
+    theta, info = trpo_update(state.policy, state.theta, batch, config)
+    phi = fit_value(state.value, state.phi, batch.obs, returns[real], config)
+    obs_stats = update_stats(state.obs_stats, rollout.raw_obs[real]) if config.normalize_obs else state.obs_stats
+    variance = returns[real].var()
+    explained = 1 - adv[real].var() / variance if variance > 0 else 0.0
+    episodes = zip(*rollout.episodes, strict=True) if rollout.episodes else ((), ())
+    returns_100, lengths_100 = (
+        (*old, *new)[-100:] for old, new in zip((state.returns, state.lengths), episodes, strict=True)
+    )
+    return state._replace(
+        theta=theta,
+        phi=phi,
+        obs_stats=obs_stats,
+        reward_stats=reward_stats,
+        steps=state.steps + int(real.sum()),
+        updates=state.updates + 1,
+        episodes=state.episodes + len(rollout.episodes),
+        returns=returns_100,
+        lengths=lengths_100,
+    ), info, float(explained)
+
+
+def train(env, config=Config(), *, seed=0, callback=None):
+    """Train a policy: returns the TrainState.
+
+    env: an id, a gym.Env, a gym.vector.VectorEnv, or a callable that makes one.  callback(state, info, explained
+    variance) is called after each update; returning True stops.  Stops before total_steps only at the environment's
+    reward threshold, if stop_when_solved.  An exception that leaves train, an interrupt as well, carries the state
+    after the last finished update as its attribute .state.
+    """
+    check_config(config)
+    envs = _make_envs(env, config)
+    policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
+    spec = _spec(envs)
+    state = init_state(spec.id if spec else type(env).__name__, policy, config, seed)
+    threshold = spec.reward_threshold if spec and config.stop_when_solved else None
+    stop = False
+    try:
+        rng = _generator(state)
+        runner = _first_runner(envs, int(rng.integers(2**31)))
+        while not stop and not state.solved and state.steps < config.total_steps:
+            n_steps = min(config.rollout_steps, config.total_steps - state.steps)
+            n_steps = -(-n_steps // envs.num_envs)
+            rollout, runner = collect(
+                envs, policy, state.theta, state.obs_stats, runner, rng, n_steps, config.gamma
+            )
+            if not rollout.real.any():  # a rollout of one step, in which every environment was reset
+                continue
+            state, info, explained = learn(state._replace(rng_state=rng.bit_generator.state), rollout)
+            if threshold is not None and len(state.returns) == 100:
+                state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
+            stop = callback is not None and callback(state, info, explained)
+    except BaseException as error:
+        error.state = state
+        raise
+    finally:
+        if isinstance(env, str) or not hasattr(env, "step"):
+            envs.close()
+    return state
+
+
+# ============================================================================================= using what was trained
+def act(policy, theta, obs, obs_stats=None, rng=None):
+    """The environment's actions for flat raw observations, one (D,) or a batch (N, D): the most likely ones, or
+    sampled if rng is given.  obs_stats: those that theta was trained with, TrainState.obs_stats."""
+    obs = np.asarray(obs, np.float64)
+    rows = obs.reshape(-1, policy.sizes[0])
+    mu = forward(policy, theta, normalize(obs_stats, rows) if obs_stats else rows)
+    if rng is not None:
+        actions = sample(policy, mu, rng)
+    elif policy.head == "gaussian":
+        actions = mu[:, : policy.sizes[-1]]
+    else:
+        actions = np.stack([mu[:, g].argmax(axis=1) for g in _groups(policy)], axis=1)
+    actions = _env_actions(policy, actions)
+    return actions if obs.ndim > 1 else actions[0]
+
+
+def evaluate(state, env, episodes=10, seed=0):
+    """Raw returns and lengths, each (episodes,), of the most likely actions in env: an id or a gym.Env.
+
+    state is read only: the statistics of its observations do not move.
+    """
+    import gymnasium as gym
+
+    env = gym.make(env) if isinstance(env, str) else env
+    results = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        total, length, ended = 0.0, 0, False
+        while not ended:
+            flat = gym.spaces.flatten(env.observation_space, obs)
+            action = act(state.policy, state.theta, flat, state.obs_stats)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, length, ended = total + float(reward), length + 1, terminated or truncated
+        results.append((total, length))
+    returns, lengths = zip(*results, strict=True)
+    return np.array(returns), np.array(lengths)
+
+
+def save(state, path):
+    """Write state to the file path: arrays and text only, and at once, so that path never holds half a state."""
+    path, plain = Path(path), state._asdict()
+    arrays = {"theta": plain.pop("theta"), "phi": plain.pop("phi")}
+    for name in ("obs_stats", "reward_stats"):
+        arrays |= {f"{name}.{field}": value for field, value in plain.pop(name)._asdict().items()}
+    plain |= {name: plain[name]._asdict() for name in ("config", "policy", "value")}
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        np.savez(file, state=json.dumps(plain | {"version": __version__}), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def load(path):
+    """The TrainState that save wrote to path.  Raises ValueError if path holds anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        plain = json.loads(str(arrays.pop("state")), object_hook=_tuples)
+        del plain["version"]
+        for name in ("obs_stats", "reward_stats"):
+            plain[name] = RunningStats(*(arrays[f"{name}.{field}"] for field in RunningStats._fields))
+        plain |= {"config": Config(**plain["config"])}
+        plain |= {name: Policy(**plain[name]) for name in ("policy", "value")}
+        return TrainState(theta=arrays["theta"], phi=arrays["phi"], **plain)
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a checkpoint of trpo_min {__version__}: {error}") from error
+
+
+def _tuples(mapping):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in mapping.items()}
+
+
+# ==================================================================================================== command line
+def _integer(text):
+    """int(text), and 1e6 too."""
+    return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence on standard error, with the nearest option for a mistyped one; exit code 2."""
+        for word in (w.split("=")[0] for w in message.split() if w.startswith("--")):
+            near = difflib.get_close_matches(word, self._option_string_actions, 1)
+            if message.startswith("unrecognized") and near:
+                message += f" (did you mean {near[0]}?)"
+        self.exit(2, f"trpo_min: {message}\n")
+
+
+def _parser():
+    parser = _Parser(
+        prog="trpo_min",
+        description="Trust Region Policy Optimization on NumPy, Numba and Gymnasium.",
+        epilog="example: python trpo_min.py --env HalfCheetah-v5 --total-steps 300_000 --seed 1",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--env", required=True, metavar="ID", help="Gymnasium environment id, such as CartPole-v1")
+    parser.add_argument("--seed", type=_integer, default=0, metavar="N", help="of everything random (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: runs/<env>-<time>-seed<N>)")
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    settings = parser.add_argument_group("settings")
+    for name, hint in typing.get_type_hints(Config, include_extras=True).items():
+        kind, text = hint.__origin__, hint.__metadata__[1]
+        default = getattr(Config(), name)
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        options = {"default": default, "help": f"{text} (default: {shown})"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"], options["metavar"] = {float: (float, "X"), str: (str, "NAME")}.get(kind, (_integer, "N"))
+            options |= {"nargs": "+"} if isinstance(default, tuple) else {}
+        settings.add_argument("--" + name.replace("_", "-"), **options)
+    return parser
+
+
+def _describe(space):
+    return f"Box{space.shape}" if type(space).__name__ == "Box" else str(space)
+
+
+def _header(envs, name, config, seed):
+    policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
+    value = _value_network(policy)
+    policy_sizes, value_sizes = ("-".join(map(str, net.sizes)) for net in (policy, value))
+    return (
+        f"{name}: observations {_describe(envs.single_observation_space)}, "
+        f"actions {_describe(envs.single_action_space)}\n"
+        f"policy {policy_sizes} ({n_params(policy):,} parameters, {policy.head}), "
+        f"value function {value_sizes} ({n_params(value):,})\n"
+        f"at most {config.total_steps:,} steps in {envs.num_envs} environments, {config.dtype}, seed {seed}"
+    )
+
+
+def _progress_printer():
+    """A callback for train that prints a line an update; on a terminal, over the one before."""
+    start, end = time.perf_counter(), "\r" if sys.stdout.isatty() else "\n"
+
+    def report(state, info, explained):
+        returns, rate = state.returns or (np.nan,), state.steps / (time.perf_counter() - start)
+        print(
+            f"{state.steps:>9,} steps  return {np.mean(returns):8.1f}  KL {info.kl:.4f}  "
+            f"entropy {info.entropy:5.2f}  V explains {explained:4.0%}  {rate:6,.0f}/s",
+            end=end,
+            flush=True,
+        )
+
+    return report
+
+
+def _compile_notice():
+    """Says once that Numba is compiling, when it is: not when the kernels come from its cache."""
+    from numba.core import event
+
+    class Notice(event.Listener):
+        said = False
+
+        def on_start(self, _):
+            if not self.said:
+                print("compiling (once: the machine code is cached for later runs) ...", flush=True)
+            self.said = True
+
+        def on_end(self, _):
+            pass
+
+    return event.install_listener("numba:compile", Notice())
+
+
+def _run(args):
+    config = Config(**{name: getattr(args, name) for name in Config._fields})
+    config = config._replace(hidden=tuple(config.hidden))
+    check_config(config)
+    envs = _make_envs(args.env, config)
+    name = _spec(envs).id
+    safe = name.replace("/", "-")
+    out = args.out or Path("runs") / f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
+    path = out / "checkpoint.npz"
+    if path.exists():
+        raise ValueError(f"{path} exists and is not overwritten: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    say = (lambda *_: None) if args.quiet else print
+    say(_header(envs, name, config, args.seed), flush=True)
+    start = time.perf_counter()
+    try:
+        with _compile_notice() if not args.quiet else open(os.devnull):
+            callback = None if args.quiet else _progress_printer()
+            state = train(envs, config, seed=args.seed, callback=callback)
+    except BaseException as error:
+        if getattr(error, "state", None) and error.state.updates:
+            save(error.state, path)
+            print(f"\nstopped after {error.state.steps:,} steps; what was learned is saved in {out}")
+        raise
+    finally:
+        envs.close()
+    save(state, path)
+    mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
+    print(
+        f"{'solved' if state.solved else 'trained'} {name}: mean return {mean:.1f} over the last {n} episodes, after "
+        f"{state.steps:,} steps in {time.perf_counter() - start:.1f} s; saved in {out}"
+    )
+    return 0
+
+
+def main(argv=None):
+    """The command line: returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"trpo_min: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
