@@ -1,0 +1,709 @@
+"""The theorems behind trpo_min.py as property tests; one property a test, named as a sentence.
+
+The oracles are dense and slow on purpose, and share no code with the file: the network is written out in NumPy, its
+Jacobian comes from complex steps, F is a sum of matrices.  Tolerances are eps times the number of roundings times a
+bound on the absolute values that are added up (tolerance below), so they follow the case instead of being guessed.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+import trpo_min as tm
+
+EPS = np.finfo(np.float64).eps
+HERE = Path(__file__).parent
+
+settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+settings.register_profile("quick", deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+# ============================================================================================================ oracles
+class Case(NamedTuple):
+    policy: tm.Policy
+    theta: np.ndarray
+    obs: np.ndarray
+    rng: np.random.Generator
+
+
+def layers(policy, theta):
+    """[(W, b)], log_std: theta taken apart."""
+    out, at = [], 0
+    for m, n in zip(policy.sizes, policy.sizes[1:], strict=False):
+        out.append((theta[at : at + m * n].reshape(m, n), theta[at + m * n : at + m * n + n]))
+        at += (m + 1) * n
+    return out, theta[at:]
+
+
+def dense_forward(policy, theta, obs):
+    """mu (N, K), written out; accepts complex theta."""
+    weights, log_std = layers(policy, theta)
+    h = obs
+    for i, (W, b) in enumerate(weights):
+        h = h @ W + b
+        h = np.tanh(h) if i < len(weights) - 1 else h
+    return np.concatenate([h, np.tile(log_std, (len(obs), 1))], axis=1) if policy.head == "gaussian" else h
+
+
+def dense_jacobian(policy, theta, obs):
+    """J (N, K, P) by complex steps: exact to rounding, as no difference is taken."""
+    columns = []
+    for k in range(len(theta)):
+        moved = theta.astype(complex)
+        moved[k] += 1e-30j
+        columns.append(dense_forward(policy, moved, obs).imag / 1e-30)
+    return np.stack(columns, axis=2)
+
+
+def groups(policy):
+    at = 0
+    for n in policy.nvec:
+        yield slice(at, at + n)
+        at += n
+
+
+def dense_metric(policy, mu):
+    """M (N, K, K), matrix by matrix."""
+    out = np.zeros((*mu.shape, mu.shape[1]))
+    for n, row in enumerate(mu):
+        if policy.head == "gaussian":
+            A = len(row) // 2
+            out[n] = np.diag(np.concatenate([np.exp(-2 * row[A:]), np.full(A, 2.0)]))
+        else:
+            for g in groups(policy):
+                p = scipy.special.softmax(row[g])
+                out[n, g, g] = np.diag(p) - np.outer(p, p)
+    return out
+
+
+def metric_bound(policy, mu):
+    """What M is added up from: diag(p) + p p^T, where M itself may nearly cancel."""
+    M = dense_metric(policy, mu)
+    if policy.head == "gaussian":
+        return M
+    p = np.concatenate([scipy.special.softmax(mu[:, g], axis=1) for g in groups(policy)], axis=1)
+    return np.abs(M) + 2 * p[:, :, None] * (np.eye(p.shape[1]) + p[:, None, :])
+
+
+def dense_fisher(policy, theta, obs):
+    """F (P, P) = mean_n J_n^T M_n J_n."""
+    J, M = dense_jacobian(policy, theta, obs), dense_metric(policy, dense_forward(policy, theta, obs))
+    return np.einsum("nap,nab,nbq->pq", J, M, J, optimize=True) / len(obs)
+
+
+def size_of(policy, theta, obs, v=None):
+    """Bounds on |pre-activations| and, along v, on |J v|, with every slope replaced by its bound 1."""
+    weights, _ = layers(policy, np.abs(theta))
+    moves, _ = layers(policy, np.abs(theta if v is None else v))
+    h, dh, largest = np.abs(obs), np.zeros_like(obs), 1.0
+    for (W, b), (dW, db) in zip(weights, moves, strict=True):
+        dh = dh @ W + h @ dW + db
+        h = h @ W + b
+        largest = max(largest, h.max())
+        h = np.minimum(h, 1.0)
+    return largest, dh
+
+
+def tolerance(case, bound):
+    """eps x the roundings on the way x what a rounding of a pre-activation can do to a slope x what is added up."""
+    largest, _ = size_of(case.policy, case.theta, case.obs)
+    return 16 * EPS * (sum(case.policy.sizes) + len(case.obs)) * (1 + largest) * (bound + np.finfo(float).tiny)
+
+
+def bound_fvp(case, v):
+    """A bound on the entries of mean_n |J|^T |M| |J| |v|: the sum over all parameters of its parts."""
+    unit = size_of(case.policy, case.theta, case.obs, np.ones_like(case.theta))[1]
+    Jv = size_of(case.policy, case.theta, case.obs, v)[1]
+    M = metric_bound(case.policy, tm.forward(case.policy, case.theta, case.obs))
+    tail = np.abs(v[-case.policy.sizes[-1] :]).max() if case.policy.head == "gaussian" else 0.0
+    n_out = case.policy.sizes[-1]
+    return np.einsum("na,nab,nb->n", unit, M[:, :n_out, :n_out], Jv).mean() + 2 * tail
+
+
+@st.composite
+def cases(draw, heads=("gaussian", "categorical"), max_rows=150, scales=(0.3, 1.0, 30.0), wide=20):
+    """Depths 0 to 3, widths 1 to 20, one row to more than a block of them, saturated units, extreme heads."""
+    head = draw(st.sampled_from(heads))
+    if head == "gaussian":
+        nvec, outputs = (), draw(st.integers(1, 4))
+    elif head == "categorical":
+        nvec = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+        outputs = sum(nvec)
+    else:
+        nvec, outputs = (), 1
+    hidden = draw(st.lists(st.integers(1, wide), max_size=3))
+    policy = tm.Policy((draw(st.integers(1, 6)), *hidden, outputs), head, nvec)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    theta = tm.init_params(policy, rng) + draw(st.sampled_from(scales)) * rng.normal(size=tm.n_params(policy))
+    weights, log_std = layers(policy, theta)
+    spread = draw(st.sampled_from([0.0, 1.0, 50.0]))
+    if head == "gaussian":
+        log_std[:] = rng.uniform(-10, 3, size=outputs) if spread else 0.0
+    else:
+        weights[-1][1][:] = rng.uniform(-spread, spread, size=outputs)
+        weights[-1][0][:] *= 0.1
+    n_rows = draw(st.one_of(st.just(1), st.integers(1, max_rows)))
+    return Case(policy, theta, rng.normal(size=(n_rows, policy.sizes[0])), rng)
+
+
+def gentle(**options):
+    """Cases whose third derivatives are tame enough for finite differences."""
+    return cases(scales=(0.1, 0.5), max_rows=20, wide=6, **options)
+
+
+def mild(case):
+    """The same network with a head near the middle of its range."""
+    weights, log_std = layers(case.policy, case.theta)
+    log_std[:] = np.clip(log_std, -1.0, 1.0)
+    weights[-1][1][:] = np.clip(weights[-1][1], -2.0, 2.0)
+    return case
+
+
+def make_batch(case, adv=None):
+    mu = tm.forward(case.policy, case.theta, case.obs)
+    adv = case.rng.normal(size=len(case.obs)) if adv is None else adv
+    return tm.Batch(case.obs, tm.sample(case.policy, mu, case.rng), adv, mu)
+
+
+def all_actions(policy):
+    """Every joint action of a product of categoricals (B, groups)."""
+    return np.stack([a.ravel() for a in np.meshgrid(*map(np.arange, policy.nvec), indexing="ij")], axis=1)
+
+
+def slow_kl(policy, mu_old, mu_new):
+    """KL(old || new), row by row, from other formulas: scipy's for categoricals, the textbook's in long double."""
+    out = []
+    for old, new in zip(mu_old.astype(np.longdouble), mu_new.astype(np.longdouble), strict=True):
+        if policy.head == "gaussian":
+            A = len(old) // 2
+            var_old, var_new = np.exp(2 * old[A:]), np.exp(2 * new[A:])
+            terms = new[A:] - old[A:] + (var_old + (old[:A] - new[:A]) ** 2) / (2 * var_new) - 0.5
+            out.append(terms.sum())
+        else:
+            total = np.longdouble(0)
+            for g in groups(policy):
+                log_p = old[g] - old[g].max() - np.log(np.exp(old[g] - old[g].max()).sum())
+                log_q = new[g] - new[g].max() - np.log(np.exp(new[g] - new[g].max()).sum())
+                total += (np.exp(log_p) * (log_p - log_q)).sum()
+            out.append(total)
+    return np.array(out, dtype=np.float64)
+
+
+def random_mu(policy, rng, n, spread=1.0):
+    if policy.head == "gaussian":
+        A = policy.sizes[-1]
+        return np.concatenate([rng.normal(size=(n, A)), rng.uniform(-10, 3, (n, A)) * min(spread, 1.0)], axis=1)
+    return rng.uniform(-50, 50, size=(n, policy.sizes[-1])) * spread
+
+
+heads = st.one_of(
+    st.integers(1, 4).map(lambda A: tm.Policy((1, A), "gaussian")),
+    st.lists(st.integers(1, 5), min_size=1, max_size=3).map(lambda n: tm.Policy((1, sum(n)), "categorical", tuple(n))),
+)
+seeds = st.integers(0, 2**32)
+
+
+# ======================================================================================================= the network
+@given(cases())
+def test_forward_is_the_network_written_out(case):
+    largest, _ = size_of(case.policy, case.theta, case.obs)
+    expected = dense_forward(case.policy, case.theta, case.obs)
+    assert np.abs(tm.forward(*case[:3]) - expected).max() <= tolerance(case, largest)
+
+
+def test_tanh_has_six_eps_of_relative_error_and_is_odd_and_passes_nan_on():
+    x = np.concatenate([np.logspace(-300, 2.5, 20001), np.linspace(0, 25, 20001), [np.inf]])[None]
+    ours, exact = x.copy(), np.tanh(x.astype(np.longdouble))
+    tm._tanh_inplace(ours)
+    assert (np.abs(ours - exact) <= 6 * EPS * exact).all()
+    minus = -x
+    tm._tanh_inplace(minus)
+    assert (minus == -ours).all()
+    nan = np.array([[np.nan]])
+    tm._tanh_inplace(nan)
+    assert np.isnan(nan).all()
+
+
+@given(cases(max_rows=20, wide=6))
+def test_jvp_is_the_jacobian_times_v(case):
+    v = case.rng.normal(size=case.theta.shape)
+    _, bound = size_of(case.policy, case.theta, case.obs, v)
+    expected = dense_jacobian(*case[:3]) @ v
+    tail = np.abs(v).max() if case.policy.head == "gaussian" else 0.0
+    assert np.abs(tm.jvp(*case[:3], v) - expected).max() <= tolerance(case, bound.max() + tail)
+
+
+@given(cases())
+def test_vjp_is_the_adjoint_of_jvp(case):
+    v = case.rng.normal(size=case.theta.shape)
+    u = case.rng.normal(size=(len(case.obs), tm.n_outputs(case.policy)))
+    left, right = (tm.jvp(*case[:3], v) * u).sum(), tm.vjp(*case[:3], u) @ v
+    _, bound = size_of(case.policy, case.theta, case.obs, v)
+    n_out = case.policy.sizes[-1]
+    absolute = (bound * np.abs(u[:, :n_out])).sum() + np.abs(u).sum() * np.abs(v).max()
+    assert abs(left - right) <= tolerance(case, absolute)
+
+
+@given(gentle())
+def test_jvp_is_the_directional_derivative(case):
+    v = case.rng.normal(size=case.theta.shape)
+    v /= np.linalg.norm(v)
+    h = 1e-5
+    difference = (tm.forward(case.policy, case.theta + h * v, case.obs) - tm.forward(case.policy, case.theta - h * v, case.obs)) / (2 * h)
+    scale = 1 + np.abs(tm.forward(*case[:3])).max() + np.abs(difference).max() * (1 + np.abs(case.obs).max()) ** 2
+    # truncation h^2 / 6 times a third derivative, rounding eps / h times a value; both about 1e-10 here
+    assert np.abs(tm.jvp(*case[:3], v) - difference).max() <= 100 * scale * (h * h + EPS / h)
+
+
+# ===================================================================================================== E4: F and F v
+@given(cases(max_rows=20, wide=6))
+def test_fvp_is_the_dense_sum_of_jacobian_metric_jacobian_times_v(case):
+    v = case.rng.normal(size=case.theta.shape)
+    error = np.abs(tm.fvp(*case[:3], v) - dense_fisher(*case[:3]) @ v).max()
+    assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
+
+
+@given(st.sampled_from([65, 128, 700]), seeds)
+def test_fvp_is_right_when_rows_times_outputs_exceed_the_parameters(n_rows, seed):
+    rng = np.random.default_rng(seed)
+    policy = tm.Policy((2, 3, 2), "gaussian")
+    theta = tm.init_params(policy, rng) + rng.normal(size=tm.n_params(policy))
+    case = Case(policy, theta, rng.normal(size=(n_rows, 2)), rng)
+    v = rng.normal(size=theta.shape)
+    assert n_rows * 4 > len(theta)
+    error = np.abs(tm.fvp(*case[:3], v) - dense_fisher(*case[:3]) @ v).max()
+    assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
+
+
+@given(cases())
+def test_fisher_is_symmetric_and_positive_semidefinite(case):
+    u, v = case.rng.normal(size=(2, len(case.theta)))
+    Fu, Fv = tm.fvp(*case[:3], u), tm.fvp(*case[:3], v)
+    u_bound, v_bound = (np.abs(w).sum() * bound_fvp(case, np.abs(z)) for w, z in ((v, u), (v, v)))
+    assert abs(v @ Fu - u @ Fv) <= tolerance(case, u_bound + np.abs(u).sum() * bound_fvp(case, np.abs(v)))
+    assert v @ Fv >= -tolerance(case, v_bound)
+
+
+@given(cases(), st.floats(-10, 10))
+def test_fvp_is_linear_in_v(case, a):
+    u, v = case.rng.normal(size=(2, len(case.theta)))
+    error = tm.fvp(*case[:3], a * u + v) - (a * tm.fvp(*case[:3], u) + tm.fvp(*case[:3], v))
+    assert np.abs(error).max() <= tolerance(case, bound_fvp(case, abs(a) * np.abs(u) + np.abs(v)))
+
+
+@given(cases())
+def test_fvp_of_the_same_arguments_is_the_same_bits(case):
+    v = case.rng.normal(size=case.theta.shape)
+    assert (tm.fvp(*case[:3], v) == tm.fvp(*case[:3], v)).all()
+
+
+@given(cases(), st.floats(0, 10))
+def test_damping_adds_exactly_c_v(case, c):
+    v = case.rng.normal(size=case.theta.shape)
+    undamped = tm.fvp(*case[:3], v)
+    assert (tm.fvp(*case[:3], v, damping=c) == undamped + c * v).all()
+
+
+@given(gentle())
+def test_fvp_is_the_derivative_of_the_gradient_of_mean_kl(case):
+    case = mild(case)
+    v = case.rng.normal(size=case.theta.shape)
+    v /= np.linalg.norm(v)
+    mu_old, n = dense_forward(*case[:3]), len(case.obs)
+
+    def kl_grad(theta):
+        """grad of D(old, theta), by complex steps through the textbook formulas."""
+        J, mu = dense_jacobian(case.policy, theta, case.obs), dense_forward(case.policy, theta, case.obs)
+        if case.policy.head == "gaussian":
+            A = case.policy.sizes[-1]
+            var_old, var = np.exp(2 * mu_old[:, A:]), np.exp(2 * mu[:, A:])
+            shift = mu[:, :A] - mu_old[:, :A]
+            d_mu = np.concatenate([shift / var, 1 - (var_old + shift**2) / var], axis=1)
+        else:
+            d_mu = np.concatenate(
+                [scipy.special.softmax(mu[:, g], 1) - scipy.special.softmax(mu_old[:, g], 1) for g in groups(case.policy)],
+                axis=1,
+            )
+        return np.einsum("nk,nkp->p", d_mu, J) / n
+
+    h = 1e-5
+    difference = (kl_grad(case.theta + h * v) - kl_grad(case.theta - h * v)) / (2 * h)
+    Fv = tm.fvp(*case[:3], v)
+    scale = 1 + bound_fvp(case, np.abs(v)) * (1 + np.abs(case.obs).max()) ** 2 * np.exp(2)
+    assert np.abs(Fv - difference).max() <= 100 * scale * (h * h + EPS / h)
+
+
+@given(cases(heads=("categorical",), max_rows=10, wide=5))
+def test_fisher_is_the_covariance_of_the_score_of_a_categorical(case):
+    mu, J = dense_forward(*case[:3]), dense_jacobian(*case[:3])
+    F = np.zeros((len(case.theta),) * 2)
+    for a in all_actions(case.policy):
+        log_p, score_mu = np.zeros(len(mu)), np.zeros_like(mu)
+        for g, choice in zip(groups(case.policy), a, strict=True):
+            p = scipy.special.softmax(mu[:, g], axis=1)
+            log_p += scipy.special.log_softmax(mu[:, g], axis=1)[:, choice]
+            score_mu[:, g] = np.eye(p.shape[1])[choice] - p
+        scores = np.einsum("nk,nkp->np", score_mu, J)
+        F += np.einsum("n,np,nq->pq", np.exp(log_p), scores, scores) / len(mu)
+    v = case.rng.normal(size=case.theta.shape)
+    size = np.abs(v).sum() * np.abs(J).max() ** 2 * len(v)
+    assert np.abs(tm.fvp(*case[:3], v) - F @ v).max() <= tolerance(case, bound_fvp(case, np.abs(v)) + size)
+
+
+@given(cases(heads=("gaussian",), max_rows=10, wide=5))
+def test_fisher_is_the_covariance_of_the_score_of_a_gaussian(case):
+    mu, J = dense_forward(*case[:3]), dense_jacobian(*case[:3])
+    A = case.policy.sizes[-1]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(5)  # exact to degree 9; the score's square has degree 4
+    z = np.stack([a.ravel() for a in np.meshgrid(*[nodes] * A)], axis=1)
+    w = np.prod(np.stack([a.ravel() for a in np.meshgrid(*[weights] * A)]), axis=0) / np.sqrt(2 * np.pi) ** A
+    F = np.zeros((len(case.theta),) * 2)
+    for row, jacobian in zip(mu, J, strict=True):
+        sigma = np.exp(row[A:])
+        scores = np.concatenate([z / sigma, z * z - 1], axis=1) @ jacobian
+        F += (scores.T * w) @ scores / len(mu)
+    v = case.rng.normal(size=case.theta.shape)
+    bound = bound_fvp(case, np.abs(v)) + np.abs(F) @ np.abs(v)
+    assert (np.abs(tm.fvp(*case[:3], v) - F @ v) <= 100 * tolerance(case, bound.max())).all()
+
+
+@given(cases(heads=("gaussian",)))
+def test_the_log_std_block_of_fisher_is_two_times_identity_and_coupled_to_nothing(case):
+    A = case.policy.sizes[-1]
+    v = np.zeros_like(case.theta)
+    v[-A:] = case.rng.normal(size=A)
+    Fv = tm.fvp(*case[:3], v)
+    assert (Fv[:-A] == 0).all()
+    assert (Fv[-A:] == 2 * v[-A:]).all()
+
+
+@given(gentle())
+def test_the_quadratic_model_matches_mean_kl_to_third_order(case):
+    case = mild(case)
+    d = case.rng.normal(size=case.theta.shape)
+    d /= np.linalg.norm(d) * (1 + np.abs(case.obs).max())
+    mu_old = tm.forward(*case[:3])
+    half_quadratic = 0.5 * d @ tm.fvp(*case[:3], d)
+
+    def remainder(t):
+        mu = tm.forward(case.policy, case.theta + t * d, case.obs)
+        return abs(tm.kl(case.policy, mu_old, mu).mean() - t * t * half_quadratic)
+
+    constant = remainder(0.1) / 0.1**3 + half_quadratic
+    for t in (0.03, 0.01, 0.003):
+        assert remainder(t) <= 10 * constant * t**3 + 100 * EPS * t
+
+
+@given(cases())
+def test_kl_at_old_is_zero_with_zero_gradient_and_still_has_a_hessian(case):
+    mu = tm.forward(*case[:3])
+    assert (np.abs(tm.kl(case.policy, mu, mu)) <= 1e-12).all()
+    # the gradient in mu: of a categorical p - p, of a Gaussian 0 and 1 - 1; measured as a slope both ways
+    k = case.rng.integers(mu.shape[1])
+    step = np.zeros_like(mu)
+    step[:, k] = 1e-6 * np.exp(mu[:, mu.shape[1] // 2 + k]) if case.policy.head == "gaussian" and k < mu.shape[1] // 2 else 1e-6
+    ahead, behind = tm.kl(case.policy, mu, mu + step), tm.kl(case.policy, mu, mu - step)
+    assert (np.maximum(ahead, behind) <= 2e-12 * (1 + 1e6 * np.spacing(np.abs(mu)).max())).all()
+
+
+# ============================================================================================== E5: conjugate gradients
+def spd(rng, n, log_condition):
+    Q, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    return (Q * np.logspace(0, -log_condition, n)) @ Q.T
+
+
+@given(seeds, st.integers(1, 30), st.floats(0, 6))
+def test_cg_matches_a_direct_solver_to_the_condition_number(seed, n, log_condition):
+    rng = np.random.default_rng(seed)
+    A, b = spd(rng, n, log_condition), rng.normal(size=n)
+    result = tm.cg(lambda p: A @ p, b, max_iter=50 * n, tol=1e-12)
+    exact = np.linalg.solve(A, b)
+    # |x - exact| <= |A^-1| |residual|, plus what rounding makes of A and b
+    assert np.linalg.norm(result.x - exact) <= 10.0**log_condition * (1e-12 + 50 * n * EPS) * np.linalg.norm(b) * 10
+
+
+@given(seeds, st.integers(1, 8))
+def test_cg_finishes_within_n_iterations(seed, n):
+    rng = np.random.default_rng(seed)
+    A, b = spd(rng, n, 1), rng.normal(size=n)
+    result = tm.cg(lambda p: A @ p, b, max_iter=n, tol=1e-9)  # exact arithmetic would end at 0
+    assert result.status == "converged"
+    assert np.linalg.norm(b - A @ result.x) <= 2e-9 * np.linalg.norm(b)
+
+
+@given(seeds, st.integers(2, 30), st.floats(0, 8))
+def test_cg_never_raises_its_energy_error(seed, n, log_condition):
+    rng = np.random.default_rng(seed)
+    A, b = spd(rng, n, log_condition), rng.normal(size=n)
+    exact = np.linalg.solve(A, b)
+    energies = []
+    for k in range(n):
+        error = tm.cg(lambda p: A @ p, b, max_iter=k, tol=0.0).x - exact
+        energies.append(error @ A @ error)
+    floor = (n * EPS) ** 2 * exact @ A @ exact * 10.0 ** (2 * log_condition)
+    assert all(later <= earlier * (1 + 1e-9) + floor for earlier, later in zip(energies, energies[1:], strict=False))
+
+
+@given(seeds, st.integers(1, 30), st.integers(0, 30))
+def test_cg_reports_its_true_residual(seed, n, max_iter):
+    rng = np.random.default_rng(seed)
+    A, b = spd(rng, n, 4), rng.normal(size=n)
+    result = tm.cg(lambda p: A @ p, b, max_iter=max_iter, tol=1e-10)
+    largest = np.linalg.norm(np.linalg.solve(A, b)) + 1  # no iterate of CG is longer than the solution
+    drift = 10 * (result.n_iter + 1) * n * EPS * largest
+    assert abs(result.residual_norm - np.linalg.norm(b - A @ result.x)) <= drift
+    assert (result.status == "converged") == (result.residual_norm <= 1e-10 * np.linalg.norm(b))
+
+
+@given(seeds, st.integers(1, 30), st.floats(-300, 300))
+def test_cg_leaves_b_as_it_is_and_scales_with_it(seed, n, exponent):
+    rng = np.random.default_rng(seed)
+    A, b = spd(rng, n, 2), rng.normal(size=n)
+    factor = 2.0 ** int(exponent * 3)
+    before = b.copy()
+    x = tm.cg(lambda p: A @ p, b, max_iter=5).x
+    assert (b == before).all()
+    scaled = tm.cg(lambda p: A @ p, b * factor, max_iter=5).x
+    assert np.allclose(scaled, x * factor, rtol=1e-12, atol=0)
+
+
+def test_cg_of_zero_is_zero_in_no_iterations():
+    result = tm.cg(lambda p: 1 / 0, np.zeros(5))
+    assert (result.x == 0).all()
+    assert result[1:] == (0.0, 0, "converged")
+
+
+@given(seeds, st.integers(2, 10))
+def test_cg_ends_at_negative_curvature_with_a_status_and_no_nan(seed, n):
+    rng = np.random.default_rng(seed)
+    Q, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    A = (Q * np.r_[np.linspace(1, 2, n - 1), -1.0]) @ Q.T
+    b = Q[:, -1] + 0.1 * Q[:, 0]
+    result = tm.cg(lambda p: A @ p, b, max_iter=2 * n)
+    assert result.status == "negative curvature"
+    assert np.isfinite(result.x).all()
+
+
+def test_cg_ends_at_a_product_that_is_not_finite():
+    result = tm.cg(lambda p: p * np.nan, np.ones(3))
+    assert result.status == "not finite"
+    assert (result.x == 0).all()
+
+
+@given(cases(scales=(0.3, 1.0)), st.floats(0.01, 1), st.integers(1, 12))
+def test_the_compiled_solve_is_cg_over_fvp(case, damping, max_iter):
+    case = mild(case)
+    b = case.rng.normal(size=case.theta.shape)
+    acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
+    x, residual, n_iter, status, curvature = tm._solve(
+        case.theta, b, *tm._fisher(case.policy, case.theta, acts), damping, max_iter, 1e-10
+    )
+    result = tm.cg(lambda p: tm.fvp(*case[:3], p, damping), b, max_iter, 1e-10)
+    # the two round differently, and CG can amplify that up to the condition number, so compare what they minimise
+    energy = [y @ tm.fvp(*case[:3], y, damping) / 2 - b @ y for y in (x, result.x)]
+    assert np.isclose(*energy, rtol=1e-5)
+    assert np.isclose(curvature, x @ tm.fvp(*case[:3], x), rtol=1e-7, atol=1e-9 * abs(b @ x))
+
+
+# ======================================================================================================== the heads
+@given(heads, seeds, st.integers(1, 5), st.sampled_from([1e-9, 1e-3, 1.0]))
+def test_kl_is_an_independent_computation_of_it(policy, seed, n, distance):
+    rng = np.random.default_rng(seed)
+    old = random_mu(policy, rng, n)
+    new = old + distance * (random_mu(policy, rng, n) - old)
+    ours, slow = tm.kl(policy, old, new), np.maximum(slow_kl(policy, old, new), 0)
+    # the textbook form subtracts terms that nearly cancel; in long double that leaves this much
+    cancelled = 200 * np.finfo(np.longdouble).eps * (1 + np.abs(old).max() + np.abs(new).max())
+    # our t = log p_new - log p_old carries eps |mu|, and KL ~ t^2 / 2
+    t_error = 8 * EPS * (1 + np.abs(old).max())
+    if policy.head == "gaussian":
+        t_error *= 1 + np.exp(-np.minimum(old, new)[:, policy.sizes[-1] :]).max()
+    assert (np.abs(ours - slow) <= 1e-12 * slow + cancelled + 8 * t_error * np.sqrt(slow) + t_error**2).all()
+
+
+@given(heads, seeds, st.floats(0, 1))
+def test_kl_is_not_negative_and_zero_on_itself(policy, seed, spread):
+    rng = np.random.default_rng(seed)
+    old, new = random_mu(policy, rng, 20, spread), random_mu(policy, rng, 20, spread)
+    assert (tm.kl(policy, old, new) >= 0).all()
+    assert (tm.kl(policy, old, old) <= 1e-12).all()
+    close = old * (1 + 1e-15)
+    assert (tm.kl(policy, old, close) >= -EPS).all()
+
+
+def test_kl_takes_old_first():
+    p, q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
+    policy = tm.Policy((1, 2), "categorical", (2,))
+    by_hand = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)  # 0.5108; the other way round it is 0.3681
+    assert np.isclose(tm.kl(policy, np.log(p)[None], np.log(q)[None]), by_hand, rtol=1e-14)
+    gaussian = tm.Policy((1, 1), "gaussian")
+    old, new = np.array([[0.0, 0.0]]), np.array([[1.0, np.log(2.0)]])
+    by_hand = np.log(2) + (1 + 1) / 8 - 0.5  # 0.4431; the other way round it is 1.3069
+    assert np.isclose(tm.kl(gaussian, old, new), by_hand, rtol=1e-14)
+
+
+def test_kl_survives_logits_and_log_stds_at_the_limits_of_floating_point():
+    categorical, gaussian = tm.Policy((1, 2), "categorical", (2,)), tm.Policy((1, 1), "gaussian")
+    a, b = np.array([[0.0, -2000.0]]), np.array([[-2000.0, 0.0]])
+    assert np.isclose(tm.kl(categorical, a, b), 2000)
+    for log_std in (-30.0, -20.0, 2.0, 10.0):
+        mu = np.array([[0.3, log_std]])
+        assert tm.kl(gaussian, mu, mu) == 0
+        assert np.isfinite(tm.kl(gaussian, mu, mu + 1e-3)).all()
+
+
+@given(heads, seeds)
+def test_log_prob_is_scipys(policy, seed):
+    rng = np.random.default_rng(seed)
+    mu = random_mu(policy, rng, 6)
+    actions = tm.sample(policy, mu, rng)
+    if policy.head == "gaussian":
+        A = policy.sizes[-1]
+        expected = scipy.stats.norm.logpdf(actions, mu[:, :A], np.exp(mu[:, A:])).sum(axis=1)
+    else:
+        expected = sum(
+            scipy.special.log_softmax(mu[:, g], axis=1)[np.arange(6), actions[:, i]]
+            for i, g in enumerate(groups(policy))
+        )
+    assert np.allclose(tm.log_prob(policy, mu, actions), expected, rtol=1e-12, atol=1e-12 * (1 + np.abs(mu).max()))
+
+
+@given(heads.filter(lambda p: p.head == "categorical"), seeds)
+def test_entropy_is_minus_the_mean_log_prob_of_a_categorical(policy, seed):
+    mu = random_mu(policy, np.random.default_rng(seed), 1)
+    actions = all_actions(policy)
+    log_p = tm.log_prob(policy, np.tile(mu, (len(actions), 1)), actions)
+    assert np.isclose(np.exp(log_p).sum(), 1, rtol=1e-12)
+    assert np.isclose(tm.entropy(policy, mu), -(np.exp(log_p) * log_p).sum(), rtol=1e-12, atol=1e-12)
+
+
+@given(heads.filter(lambda p: p.head == "gaussian"), seeds)
+def test_entropy_is_minus_the_mean_log_prob_of_a_gaussian(policy, seed):
+    mu, A = random_mu(policy, np.random.default_rng(seed), 1), policy.sizes[-1]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(3)  # log_prob is quadratic: exact
+    total = 0.0
+    for i in range(A):
+        one = tm.Policy((1, 1), "gaussian")
+        mean, log_std = mu[:, i : i + 1], mu[:, A + i : A + i + 1]
+        log_p = tm.log_prob(one, np.tile(np.c_[mean, log_std], (3, 1)), mean + np.exp(log_std) * nodes[:, None])
+        total -= weights @ log_p / np.sqrt(2 * np.pi)
+    assert np.isclose(tm.entropy(policy, mu), total, rtol=1e-10, atol=1e-10)
+
+
+@given(heads, seeds)
+def test_score_is_the_gradient_of_log_prob_and_has_mean_zero(policy, seed):
+    rng = np.random.default_rng(seed)
+    mu = random_mu(policy, rng, 4, 0.02)
+    actions = tm.sample(policy, mu, rng)
+    score = tm.score(policy, mu, actions)
+    for k in range(mu.shape[1]):
+        step = np.zeros_like(mu)
+        step[:, k] = 1e-5
+        difference = (tm.log_prob(policy, mu + step, actions) - tm.log_prob(policy, mu - step, actions)) / 2e-5
+        # third derivatives of log_prob: up to 8 z^2 in log_std
+        assert np.allclose(score[:, k], difference, atol=1e-7 * (1 + np.abs(score).max() ** 2))
+    if policy.head == "categorical":
+        joint = all_actions(policy)
+        log_p = tm.log_prob(policy, np.tile(mu[:1], (len(joint), 1)), joint)
+        mean = np.exp(log_p) @ tm.score(policy, np.tile(mu[:1], (len(joint), 1)), joint)
+        assert np.abs(mean).max() <= 1e-13 * len(joint)
+
+
+@given(heads, seeds)
+def test_metric_is_the_hessian_of_kl_in_mu(policy, seed):
+    rng = np.random.default_rng(seed)
+    mu = random_mu(policy, rng, 3, 0.02)
+    a, b = rng.normal(size=(2, *mu.shape))
+    h = 1e-3
+    mixed = sum(
+        sign * tm.kl(policy, mu, mu + h * (s * a + r * b))
+        for sign, s, r in ((1, 1, 1), (-1, 1, -1), (-1, -1, 1), (1, -1, -1))
+    ) / (4 * h * h)
+    expected = (a * tm.fisher_metric(policy, mu, b)).sum(axis=1)
+    scale = 1 + (np.abs(a) + np.abs(b)).max() ** 4 * (1 + tm.fisher_metric(policy, mu, np.ones_like(mu)).max()) * mu.shape[1] ** 2
+    assert np.allclose(mixed, expected, atol=100 * h * h * scale)
+
+
+@given(heads, seeds)
+def test_metric_is_its_dense_form(policy, seed):
+    rng = np.random.default_rng(seed)
+    mu = random_mu(policy, rng, 5)
+    dmu = rng.normal(size=mu.shape)
+    expected = np.einsum("nab,nb->na", dense_metric(policy, mu), dmu)
+    bound = np.einsum("nab,nb->na", metric_bound(policy, mu), np.abs(dmu))
+    # a softmax of logits up to 50 carries 100 eps, and enters twice
+    assert (np.abs(tm.fisher_metric(policy, mu, dmu) - expected) <= 400 * EPS * bound).all()
+
+
+@given(st.integers(2, 6), seeds)
+def test_metric_transforms_between_logits_and_probabilities_as_a_metric_does(n, seed):
+    rng = np.random.default_rng(seed)
+    policy = tm.Policy((1, n), "categorical", (n,))
+    logits = rng.normal(size=(1, n))
+    p = scipy.special.softmax(logits[0])
+    jacobian = np.diag(p) - np.outer(p, p)  # d p / d logits
+    in_probabilities = np.diag(1 / p)  # of sum p log(p/q), as q varies
+    in_logits = np.stack([tm.fisher_metric(policy, logits, e[None])[0] for e in np.eye(n)])
+    assert np.allclose(in_logits, jacobian.T @ in_probabilities @ jacobian, atol=100 * EPS)
+
+
+@given(heads.filter(lambda p: p.head == "categorical"), seeds)
+def test_frequencies_of_samples_match_the_probabilities(policy, seed):
+    rng = np.random.default_rng(seed)
+    mu, n = random_mu(policy, rng, 1, 0.03), 4000
+    actions = tm.sample(policy, np.tile(mu, (n, 1)), rng)
+    for i, g in enumerate(groups(policy)):
+        p = scipy.special.softmax(mu[0, g])
+        counts = np.bincount(actions[:, i], minlength=len(p))
+        chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
+        assert chi2 <= scipy.stats.chi2.isf(1e-9, max(len(p) - 1, 1))
+
+
+@given(seeds)
+def test_samples_of_a_gaussian_have_its_mean_and_deviation(seed):
+    rng = np.random.default_rng(seed)
+    policy, n = tm.Policy((1, 2), "gaussian"), 4000
+    mu = random_mu(policy, rng, 1)
+    z = (tm.sample(policy, np.tile(mu, (n, 1)), rng) - mu[:, :2]) / np.exp(mu[:, 2:])
+    assert (np.abs(z.mean(axis=0)) <= 6.5 / np.sqrt(n)).all()
+    assert (np.abs((z * z).mean(axis=0) - 1) <= 6.5 * np.sqrt(2 / n)).all()
+
+
+@given(heads.filter(lambda p: p.head == "categorical"), seeds, st.sampled_from([np.float64, np.float32]))
+def test_the_largest_draw_below_one_still_gives_a_valid_action(policy, seed, dtype):
+    mu = random_mu(policy, np.random.default_rng(seed), 30).astype(dtype)
+    for draw in (0.0, np.nextafter(1.0, 0.0)):
+        actions = np.full((30, len(policy.nvec)), -1)
+        tm._sample_rows(mu, np.array(policy.nvec), np.full(actions.shape, draw), actions)
+        assert ((actions >= 0) & (actions < policy.nvec)).all()
+        assert np.isfinite(tm.log_prob(policy, mu, actions)).all()
+        assert (tm.log_prob(policy, mu, actions) > -745).all()  # of positive probability
+
+
+@pytest.mark.parametrize("head", ["gaussian", "categorical"])
+def test_every_parameter_moves_the_policy_and_has_a_gradient(head):
+    rng = np.random.default_rng(0)
+    policy = tm.Policy((3, 4, 2), "gaussian") if head == "gaussian" else tm.Policy((3, 4, 5), "categorical", (2, 3))
+    theta = tm.init_params(policy, rng) + 0.3 * rng.normal(size=tm.n_params(policy))
+    batch = make_batch(Case(policy, theta, rng.normal(size=(50, 3)), rng))
+    assert (tm.surrogate_grad(policy, theta, batch) != 0).all()
+    for k in range(len(theta)):
+        moved = theta.copy()
+        moved[k] += 0.1
+        assert tm.kl(policy, batch.mu_old, tm.forward(policy, moved, batch.obs)).mean() > 0
