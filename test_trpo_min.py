@@ -707,3 +707,383 @@ def test_every_parameter_moves_the_policy_and_has_a_gradient(head):
         moved = theta.copy()
         moved[k] += 0.1
         assert tm.kl(policy, batch.mu_old, tm.forward(policy, moved, batch.obs)).mean() > 0
+
+
+# ================================================================================================ E1 to E7: the update
+def slow_surrogate(policy, theta, batch):
+    mu = dense_forward(policy, theta, batch.obs)
+    total = 0.0
+    for n in range(len(batch.obs)):
+        log_ratio = 0.0
+        for new, old, sign in ((mu, batch.mu_old, 1),):
+            if policy.head == "gaussian":
+                A = policy.sizes[-1]
+                log_ratio = sum(
+                    scipy.stats.norm.logpdf(batch.actions[n], m[n, :A], np.exp(m[n, A:])).sum() * s
+                    for m, s in ((new, sign), (old, -sign))
+                )
+            else:
+                log_ratio = sum(
+                    s * scipy.special.log_softmax(m[n, g])[batch.actions[n, i]]
+                    for m, s in ((new, sign), (old, -sign))
+                    for i, g in enumerate(groups(policy))
+                )
+        total += np.broadcast_to(batch.weights, len(batch.obs))[n] * np.exp(log_ratio) * batch.adv[n]
+    return total / len(batch.obs)
+
+
+def update_cases():
+    return cases(scales=(0.1, 0.5, 1.0), max_rows=100, wide=12)
+
+
+CONFIG = tm.Config(damping=1e-3)
+
+
+@given(gentle(), seeds)
+def test_surrogate_is_its_formula_with_weights(case, seed):
+    case = mild(case)
+    batch = make_batch(case)._replace(weights=np.random.default_rng(seed).uniform(0, 2, len(case.obs)))
+    theta = case.theta + 0.1 * case.rng.normal(size=case.theta.shape)
+    expected = slow_surrogate(case.policy, theta, batch)
+    assert np.isclose(tm.surrogate(case.policy, theta, batch), expected, rtol=1e-9, atol=1e-10)
+
+
+@given(gentle(), st.booleans())
+def test_surrogate_grad_is_its_derivative_at_old_and_elsewhere(case, elsewhere):
+    case = mild(case)
+    batch = make_batch(case)._replace(weights=case.rng.uniform(0, 2, len(case.obs)))
+    theta = case.theta + 0.05 * elsewhere * case.rng.normal(size=case.theta.shape)
+    d = case.rng.normal(size=theta.shape)
+    d /= np.linalg.norm(d) * (1 + np.abs(case.obs).max())
+    h = 1e-4
+    values = [slow_surrogate(case.policy, theta + s * h * d, batch) for s in (-2, -1, 1, 2)]
+    difference = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)  # fourth order
+    scale = 1 + np.abs(values).max() + np.abs(batch.adv).max() * np.abs(tm.score(case.policy, batch.mu_old, batch.actions)).max() ** 5
+    assert abs(tm.surrogate_grad(case.policy, theta, batch) @ d - difference) <= 1e3 * scale * (h**4 + EPS / h)
+
+
+@given(cases(heads=("categorical",), max_rows=10, wide=6, scales=(0.3, 1.0)))
+def test_surrogate_grad_summed_over_all_actions_is_the_policy_gradient(case):
+    """sum_a pi(a|s) A(s, a) has the gradient J^T (dp/dmu)^T A; rows (s, a) with weights pi B give the same."""
+    actions = all_actions(case.policy)
+    B, n = len(actions), len(case.obs)
+    adv = case.rng.normal(size=(n, B))
+    mu, J = dense_forward(*case[:3]), dense_jacobian(*case[:3])
+    expected = np.zeros_like(case.theta)
+    for row in range(n):
+        for b, a in enumerate(actions):
+            ps = [scipy.special.softmax(mu[row, g]) for g in groups(case.policy)]
+            p = np.prod([p[i] for p, i in zip(ps, a, strict=True)])
+            score = np.concatenate([np.eye(len(q))[i] - q for q, i in zip(ps, a, strict=True)])
+            expected += p * adv[row, b] * score @ J[row] / n
+    rows = np.repeat(np.arange(n), B)
+    flat_actions, mu_rows = np.tile(actions, (n, 1)), tm.forward(*case[:3])[rows]
+    weights = B * np.exp(tm.log_prob(case.policy, mu_rows, flat_actions))
+    batch = tm.Batch(case.obs[rows], flat_actions, adv.ravel(), mu_rows, weights)
+    ours = tm.surrogate_grad(case.policy, case.theta, batch)
+    bound = np.abs(adv).max() * len(ours) * np.abs(J).max()
+    assert np.abs(ours - expected).max() <= tolerance(case._replace(obs=case.obs[rows]), bound)
+
+
+@given(update_cases())
+def test_an_accepted_update_is_inside_the_trust_region_and_better_and_a_rejected_one_is_no_update(case):
+    batch = make_batch(case)
+    theta, info = tm.trpo_update(case.policy, case.theta, batch, CONFIG)
+    kl = slow_kl(case.policy, batch.mu_old, dense_forward(case.policy, theta, case.obs)).mean()
+    before, after = (slow_surrogate(case.policy, t, batch) for t in (case.theta, theta))
+    rounding = 1e-9 * (1 + np.abs(batch.adv).max())
+    if info.accepted:
+        assert kl <= CONFIG.max_kl * (1 + 1e-9)
+        assert after > before - rounding
+        assert (theta != case.theta).any()
+        assert info.surrogate > info.surrogate_old
+        assert info.step_length > 0
+    else:
+        assert theta.tobytes() == case.theta.tobytes()
+        assert info.kl <= 1e-12
+        assert info.step_length == 0
+    # UpdateInfo describes the parameters that were kept
+    assert abs(info.kl - kl) <= 1e-9 * (1 + kl)
+    assert abs(info.surrogate - after) <= rounding * np.exp(1)
+    assert abs(info.surrogate_old - before) <= rounding
+    rows = slow_kl(case.policy, batch.mu_old, dense_forward(case.policy, theta, case.obs))
+    assert abs(info.kl_largest - rows.max()) <= 1e-8 * (1 + rows.max())
+
+
+@given(update_cases())
+def test_an_update_is_accepted_on_ordinary_batches(case):
+    case = mild(case)
+    assume(tm.entropy(case.policy, tm.forward(*case[:3])).max() > 0.1 or case.policy.head == "gaussian")
+    batch = make_batch(case)
+    assume(np.linalg.norm(tm.surrogate_grad(case.policy, case.theta, batch)) > 1e-3)
+    _, info = tm.trpo_update(case.policy, case.theta, batch, CONFIG._replace(max_kl=1e-4, max_backtracks=40))
+    assert info.accepted, info.reason
+
+
+@given(update_cases())
+def test_zero_advantages_change_nothing_and_warn_of_nothing(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case, np.zeros(len(case.obs))), CONFIG)
+    assert theta.tobytes() == case.theta.tobytes()
+    assert (info.accepted, info.reason, info.cg_iters, info.kl <= 1e-12) == (False, "zero gradient", 0, True)
+
+
+@given(update_cases())
+def test_an_update_is_a_pure_function_of_its_arguments(case):
+    batch = make_batch(case)
+    held = [case.theta, *batch[:4]]
+    for array in held:
+        array.flags.writeable = False
+    before, state = [a.copy() for a in held], np.random.get_state()[1].copy()
+    first, second = (tm.trpo_update(case.policy, case.theta, batch, CONFIG) for _ in range(2))
+    assert first[0].tobytes() == second[0].tobytes()
+    assert first[1] == second[1]
+    assert all((a == b).all() for a, b in zip(held, before, strict=True))
+    assert (np.random.get_state()[1] == state).all()
+
+
+@given(update_cases(), st.sampled_from([1e-300, 1e-8, 3.0, 1e8, 1e300]))
+def test_scaling_all_advantages_leaves_the_step_unchanged(case, factor):
+    case = mild(case)
+    batch = make_batch(case)
+    config = CONFIG._replace(damping=0.1, cg_iters=3)
+    one, info = tm.trpo_update(case.policy, case.theta, batch, config)
+    other, scaled = tm.trpo_update(case.policy, case.theta, batch._replace(adv=batch.adv * factor), config)
+    assert one.shape == other.shape
+    # dividing by the largest advantage rounds once, which CG amplifies by a few condition numbers
+    if info.backtracks == scaled.backtracks:
+        assert np.abs(one - other).max() <= 1e-6 * np.abs(one - case.theta).max()
+
+
+@given(update_cases(), st.floats(1e-6, 1e-1))
+def test_half_the_quadratic_of_the_full_step_is_max_kl(case, max_kl):
+    batch = make_batch(case)
+    _, info = tm.trpo_update(case.policy, case.theta, batch, CONFIG._replace(max_kl=max_kl, damping=0.3))
+    if info.accepted:
+        full = info.step_length / CONFIG.backtrack_coef**info.backtracks
+        assert np.isclose(0.5 * full**2 * info.curvature, max_kl, rtol=1e-10)
+
+
+@given(update_cases(), st.sampled_from([0.0, 1e-3, 0.3]))
+def test_the_curvature_is_that_of_the_undamped_fisher_along_the_step(case, damping):
+    case = mild(case)
+    theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case), CONFIG._replace(damping=damping, max_kl=1e-5))
+    if info.accepted:
+        step_dir = (theta - case.theta) / info.step_length
+        dense = step_dir @ dense_fisher(*case[:3]) @ step_dir
+        rounding = EPS * np.abs(case.theta).max() / np.abs(theta - case.theta).max()
+        assert np.isclose(info.curvature, dense, rtol=1e-6 + 1e3 * rounding)
+
+
+@given(gentle())
+def test_kl_over_max_kl_goes_to_one_as_max_kl_goes_to_zero(case):
+    case = mild(case)
+    batch, errors = make_batch(case), []
+    assume(np.linalg.norm(tm.surrogate_grad(case.policy, case.theta, batch)) > 1e-2)
+    for max_kl in (1e-4, 1e-6, 1e-8):
+        config = CONFIG._replace(max_kl=max_kl, backtrack_coef=0.999, max_backtracks=2000, damping=0.1)
+        _, info = tm.trpo_update(case.policy, case.theta, batch, config)
+        assert info.accepted
+        errors.append(abs(info.kl / max_kl - 1))
+    # KL = max_kl + third order: the error falls with the root of max_kl, down to one backtrack of 0.1%
+    assert errors[2] <= max(errors[0] / 50, 0.003), errors
+
+
+@given(update_cases(), st.floats(1e-6, 1e-2))
+def test_the_direction_does_not_depend_on_max_kl(case, max_kl):
+    case = mild(case)
+    batch = make_batch(case)
+    steps = []
+    for radius in (max_kl, 1e-4):
+        theta, info = tm.trpo_update(case.policy, case.theta, batch, CONFIG._replace(max_kl=radius))
+        assume(info.accepted)
+        steps.append((theta - case.theta) / info.step_length)
+    moved = min(np.abs(s).max() for s in steps) * 1e-3
+    assume(moved > 1e-8)
+    assert np.abs(steps[0] - steps[1]).max() <= 1e-6 * np.abs(steps[0]).max() + 1e4 * EPS * np.abs(case.theta).max()
+
+
+@given(update_cases())
+def test_a_search_that_fails_gives_theta_back_bitwise(case):
+    batch = make_batch(case)
+    theta, info = tm.trpo_update(case.policy, case.theta, batch, CONFIG._replace(max_kl=1e9, max_backtracks=1))
+    if not info.accepted:
+        assert theta.tobytes() == case.theta.tobytes()
+        assert info.surrogate == info.surrogate_old
+
+
+def fixed_case(head="categorical", n=60, seed=0):
+    rng = np.random.default_rng(seed)
+    policy = tm.Policy((3, 8, 4), head, (4,) if head == "categorical" else ())
+    return Case(policy, tm.init_params(policy, rng) + 0.3 * rng.normal(size=tm.n_params(policy)), rng.normal(size=(n, 3)), rng)
+
+
+@pytest.mark.parametrize(
+    ("direction", "curvature"), [(-1.0, 1.0), (1.0, -1.0), (1.0, 0.0), (1.0, np.nan), (np.nan, 1.0), (np.inf, 1.0)]
+)
+def test_a_bad_direction_or_curvature_is_refused_and_theta_kept(monkeypatch, direction, curvature):
+    case = fixed_case()
+    stub = lambda theta, b, *_: (direction * b, 0.0, 1, 2, curvature)  # noqa: E731
+    monkeypatch.setattr(tm, "_solve", stub)
+    theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case))
+    assert not info.accepted
+    assert theta.tobytes() == case.theta.tobytes()
+    assert info.kl <= 1e-12
+    assert info.reason != "accepted"
+
+
+def test_the_line_search_takes_the_first_candidate_that_has_both(monkeypatch):
+    case = fixed_case()
+    batch = make_batch(case)
+    real = tm._solve
+
+    def too_long(*args):
+        return *real(*args)[:4], real(*args)[4] / 30  # as if the model had promised a longer step
+
+    monkeypatch.setattr(tm, "_solve", too_long)
+    theta, info = tm.trpo_update(case.policy, case.theta, batch, tm.Config(max_kl=0.01))
+    assert info.accepted
+    assert info.backtracks > 0
+    step_dir = (theta - case.theta) / info.step_length
+    for j in range(info.backtracks):
+        candidate = case.theta + info.step_length / 0.8 ** (info.backtracks - j) * step_dir
+        kl = slow_kl(case.policy, batch.mu_old, dense_forward(case.policy, candidate, case.obs)).mean()
+        assert kl > 0.01 or slow_surrogate(case.policy, candidate, batch) <= info.surrogate_old
+
+
+def test_a_batch_of_one_row_and_identical_rows_update_without_nan():
+    for head in ("categorical", "gaussian"):
+        for n in (1, 5):
+            case = fixed_case(head, n)
+            case = case._replace(obs=np.repeat(case.obs[:1], n, axis=0))
+            theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case, np.ones(n)))
+            assert np.isfinite(theta).all()
+            assert info.kl <= 0.01
+
+
+@given(update_cases(), seeds)
+def test_float32_updates_keep_the_promises_of_float64(case, seed):
+    case = mild(case)
+    batch = make_batch(case)
+    batch32 = batch._replace(obs=batch.obs.astype(np.float32), mu_old=tm.forward(case.policy, case.theta.astype(np.float32), case.obs))
+    theta, info = tm.trpo_update(case.policy, case.theta.astype(np.float32), batch32, CONFIG._replace(damping=0.1))
+    assert theta.dtype == np.float32
+    if info.accepted:
+        kl = slow_kl(case.policy, batch.mu_old, dense_forward(case.policy, theta.astype(float), case.obs)).mean()
+        # mu carries eps32 x roundings x size; KL ~ dmu M dmu / 2 moves with its root
+        error = tolerance(case, size_of(*case[:3])[0]) * np.finfo(np.float32).eps / EPS
+        assert kl <= (np.sqrt(CONFIG.max_kl) + np.exp(1) * error) ** 2 * (1 + 1e-4)
+
+
+@given(cases(scales=(0.3, 1.0), max_rows=100))
+def test_float32_products_agree_with_float64_to_single_precision(case):
+    v = case.rng.normal(size=case.theta.shape)
+    single = [a.astype(np.float32) for a in (case.theta, case.obs, v)]
+    Fv = tm.fvp(case.policy, *single)
+    assert Fv.dtype == np.float32
+    again = [a.astype(np.float64) for a in single]
+    exact = tm.fvp(case.policy, *again)
+    bound = bound_fvp(case._replace(theta=again[0]), np.abs(v))
+    # a softmax moves with its logits: one more factor of the size of mu, which tolerance has
+    assert np.abs(Fv - exact).max() <= 8 * tolerance(case, bound) * np.finfo(np.float32).eps / EPS
+
+
+# ============================================================================== E8, E9: advantages, value function
+@given(seeds, st.integers(1, 12), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1))
+def test_gae_is_its_definition_summed_in_quadratic_time(seed, T, E, gamma, lam):
+    rng = np.random.default_rng(seed)
+    rewards, values, next_values = rng.normal(size=(3, T, E))
+    terminated, truncated = rng.random((2, T, E)) < 0.2
+    adv, returns = tm.gae(rewards, values, next_values, terminated, truncated, gamma, lam)
+    for e in range(E):
+        for t in range(T):
+            total = 0.0
+            for k in range(t, T):
+                bootstrap = 0.0 if terminated[k, e] else next_values[k, e]
+                total += (gamma * lam) ** (k - t) * (rewards[k, e] + gamma * bootstrap - values[k, e])
+                if terminated[k, e] or truncated[k, e]:
+                    break
+            assert np.isclose(adv[t, e], total, rtol=1e-12, atol=100 * T * EPS)
+    assert (returns == adv + values).all()
+
+
+@given(seeds, st.integers(2, 10), st.floats(0.1, 1))
+def test_gae_is_the_td_error_at_lambda_0_and_the_return_minus_the_value_at_lambda_1(seed, T, gamma):
+    rng = np.random.default_rng(seed)
+    rewards, values = rng.normal(size=(2, T, 1))
+    last = rng.normal()
+    next_values = np.concatenate([values[1:], [[last]]])
+    never = np.zeros((T, 1), bool)
+    td, _ = tm.gae(rewards, values, next_values, never, never, gamma, 0.0)
+    assert np.allclose(td, rewards + gamma * next_values - values, atol=10 * EPS, rtol=1e-14)
+    monte_carlo, _ = tm.gae(rewards, values, next_values, never, never, gamma, 1.0)
+    G = last
+    for t in range(T - 1, -1, -1):
+        G = rewards[t, 0] + gamma * G
+        assert np.isclose(monte_carlo[t, 0], G - values[t, 0], rtol=1e-12, atol=100 * T * EPS)
+
+
+@given(seeds, st.integers(2, 10), st.booleans())
+def test_nothing_after_an_episodes_end_reaches_back_over_it(seed, T, by_termination):
+    rng = np.random.default_rng(seed)
+    rewards, values, next_values = rng.normal(size=(3, T, 1))
+    end = rng.integers(T - 1)
+    terminated, truncated = np.zeros((2, T, 1), bool)
+    (terminated if by_termination else truncated)[end] = True
+    first, _ = tm.gae(rewards, values, next_values, terminated, truncated, 0.9, 0.9)
+    rewards[end + 1 :] += 100
+    values[end + 1 :] -= 100
+    next_values[end + (0 if by_termination else 1) :] += 100
+    second, _ = tm.gae(rewards, values, next_values, terminated, truncated, 0.9, 0.9)
+    assert (first[: end + 1] == second[: end + 1]).all()
+
+
+def test_exact_values_give_zero_advantages_also_at_a_time_limit():
+    """A reward of 1 for ever is worth 1/(1-gamma) everywhere; a truncation must not make it look like less."""
+    gamma = 0.9
+    V = np.full((5, 1), 1 / (1 - gamma))
+    truncated = np.array([[0], [0], [1], [0], [0]], bool)
+    adv, _ = tm.gae(np.ones((5, 1)), V, V, np.zeros((5, 1), bool), truncated, gamma, 0.95)
+    assert np.abs(adv).max() <= 100 * EPS
+
+
+@given(cases(heads=("value",), scales=(0.1, 0.5), max_rows=100, wide=8))
+def test_fit_value_never_raises_the_error_and_moves_no_further_than_its_trust_region(case):
+    returns = case.rng.normal(size=len(case.obs)) * 10.0 ** case.rng.integers(-3, 4)
+    config = CONFIG._replace(value_iters=1)
+    old = dense_forward(*case[:3])[:, 0]
+    phi = tm.fit_value(case.policy, case.theta, case.obs, returns, config)
+    new = dense_forward(case.policy, phi, case.obs)[:, 0]
+    before, after = np.square(old - returns).mean(), np.square(new - returns).mean()
+    assert after <= before * (1 + 1e-9)
+    assert np.square(new - old).mean() / 2 <= config.value_kl * before * (1 + 1e-9)
+
+
+@given(seeds, st.integers(1, 5))
+def test_fit_value_of_a_linear_value_function_solves_least_squares(seed, D):
+    rng = np.random.default_rng(seed)
+    value = tm.Policy((D, 1), "value")
+    obs, returns = rng.normal(size=(40, D)), rng.normal(size=40)
+    config = CONFIG._replace(value_iters=40, value_kl=10.0, damping=1e-6, cg_iters=20)
+    phi = tm.fit_value(value, tm.init_params(value, rng), obs, returns, config)
+    X = np.c_[obs, np.ones(40)]
+    exact = np.linalg.lstsq(X, returns, rcond=None)[0]
+    assert np.allclose(phi, exact, atol=1e-4)
+
+
+@given(cases(heads=("value",), max_rows=30, wide=6, scales=(0.3,)))
+def test_the_metric_of_the_value_function_makes_fvp_its_gauss_newton_matrix(case):
+    v = case.rng.normal(size=case.theta.shape)
+    J = dense_jacobian(*case[:3])[:, 0]
+    unit = size_of(*case[:3], np.ones_like(v))[1]
+    bound = (unit * size_of(*case[:3], v)[1]).mean()
+    assert np.abs(tm.fvp(*case[:3], v) - J.T @ (J @ v) / len(J)).max() <= tolerance(case, bound)
+
+
+def test_fitting_the_value_function_leaves_the_policy_alone():
+    case = fixed_case()
+    value = tm.Policy((3, 8, 1), "value")
+    phi, before = tm.init_params(value, case.rng), case.theta.tobytes()
+    assert (tm.fit_value(value, phi, case.obs, case.rng.normal(size=60)) != phi).any()
+    assert case.theta.tobytes() == before
