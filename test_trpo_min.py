@@ -1087,3 +1087,589 @@ def test_fitting_the_value_function_leaves_the_policy_alone():
     phi, before = tm.init_params(value, case.rng), case.theta.tobytes()
     assert (tm.fit_value(value, phi, case.obs, case.rng.normal(size=60)) != phi).any()
     assert case.theta.tobytes() == before
+
+
+# ======================================================================================================== sampling
+class Counter(gym.Env):
+    """Observes (episode, step); episodes of irregular length, some terminated, some truncated, some both."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,))
+    action_space = spaces.Box(-1.0, 1.0, (1,))
+    spec = None
+
+    def __init__(self, salt=0):
+        self.salt, self.episode, self.seen = salt, -1, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.step_in_episode = self.episode + 1, 0
+        return self._obs(), {}
+
+    def _obs(self):
+        return np.array([self.episode, self.step_in_episode], np.float32)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.seen.append(action)
+        self.step_in_episode += 1
+        kind = (7 * self.episode + 3 * self.salt) % 5
+        over = self.step_in_episode > kind
+        reward = 100.0 * self.salt + 10 * self.episode + self.step_in_episode
+        return self._obs(), reward, over and kind != 2, over and kind in (0, 2, 3), {}
+
+
+def serial_rows(salt, n):
+    """n rows (obs, reward, next obs, terminated, truncated) of a plain loop."""
+    env, rows = Counter(salt), []
+    obs, _ = env.reset()
+    while len(rows) < n:
+        following, reward, terminated, truncated, _ = env.step(np.zeros(1, np.float32))
+        rows.append((obs, reward, following, terminated, truncated))
+        obs = env.reset()[0] if terminated or truncated else following
+    return rows
+
+
+def start(envs, config=None, seed=0):
+    config = config or tm.Config(hidden=())
+    policy = tm.make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
+    return tm.init_state("test", policy, config, seed), tm._first_runner(envs, 0)
+
+
+def counters(n, mode):
+    return SyncVectorEnv([lambda i=i: Counter(i) for i in range(n)], autoreset_mode=mode)
+
+
+@given(st.sampled_from(list(AutoresetMode)), st.integers(1, 4), st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_every_autoreset_mode_gives_exactly_the_rows_of_a_serial_loop(mode, E, lengths):
+    envs = counters(E, mode)
+    state, runner = start(envs)
+    rng, rows, ends = np.random.default_rng(0), [[] for _ in range(E)], [[] for _ in range(E)]
+    for n_steps in lengths:
+        rollout, runner = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, rng, n_steps)
+        assert mode == AutoresetMode.NEXT_STEP or rollout.real.all()
+        assert len(rollout.final_at) == len(rollout.final_obs) == (rollout.terminated | rollout.truncated).sum()
+        for e in range(E):
+            for t in np.flatnonzero(rollout.real[:, e]):
+                flags = bool(rollout.terminated[t, e]), bool(rollout.truncated[t, e])
+                rows[e].append((tuple(rollout.raw_obs[t, e]), rollout.rewards[t, e], *flags))
+        for (t, e), obs in zip(rollout.final_at, rollout.final_obs, strict=True):
+            assert rollout.real[t, e]
+            ends[e].append(tuple(obs))
+    for e in range(E):
+        serial = serial_rows(e, len(rows[e]))
+        assert rows[e] == [(tuple(o), r, a, b) for o, r, _, a, b in serial]
+        assert ends[e] == [tuple(following) for _, _, following, a, b in serial if a or b]
+
+
+@given(st.sampled_from(list(AutoresetMode)), st.integers(1, 3), st.integers(1, 12), st.booleans())
+def test_advantages_are_those_of_a_serial_loop_with_each_rows_own_next_observation(mode, E, n_steps, normalized):
+    envs = counters(E, mode)
+    state, runner = start(envs)
+    if normalized:
+        state = state._replace(obs_stats=tm.RunningStats(3.0, np.array([1.0, 2.0]), np.array([2.0, 5.0])))
+    rng = np.random.default_rng(0)
+    state = state._replace(phi=np.array([0.7, -0.3, 0.1]))
+    V = lambda obs: tm.normalize(state.obs_stats, np.asarray(obs, float)[None])[0] @ state.phi[:2] + 0.1  # noqa: E731
+    rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, rng, n_steps)
+    adv, returns = tm._advantages(state, rollout, rollout.rewards)
+    gamma, lam = state.config.gamma, state.config.lam
+    for e in range(E):
+        at = np.flatnonzero(rollout.real[:, e])
+        serial = serial_rows(e, len(at))
+        for i, t in enumerate(at):
+            total = 0.0
+            for k in range(i, len(at)):
+                obs, reward, following, terminated, truncated = serial[k]
+                total += (gamma * lam) ** (k - i) * (reward + gamma * V(following) * (not terminated) - V(obs))
+                if terminated or truncated:
+                    break
+            assert np.isclose(adv[t, e], total, rtol=1e-12)
+            assert np.isclose(returns[t, e], total + V(serial[i][0]), rtol=1e-12)
+
+
+@given(st.sampled_from(list(AutoresetMode)), st.integers(1, 3), st.integers(1, 60), st.integers(1, 20))
+def test_counted_steps_episodes_and_returns_are_those_that_happened(mode, E, total_steps, rollout_steps):
+    envs = counters(E, mode)
+    config = tm.Config(hidden=(), total_steps=total_steps, rollout_steps=rollout_steps, stop_when_solved=False)
+    state = tm.train(envs, config)
+    taken = [len(env.seen) for env in envs.envs]
+    assert state.steps == sum(taken)
+    assert total_steps <= state.steps < total_steps + E
+    finished = []
+    for e, n in enumerate(taken):
+        total, length = 0.0, 0
+        for _, reward, _, terminated, truncated in serial_rows(e, n):
+            total, length = total + reward, length + 1
+            if terminated or truncated:
+                finished.append((total, length))
+                total, length = 0.0, 0
+    assert state.episodes == len(finished)
+    assert sorted(zip(state.returns, state.lengths, strict=True)) == sorted(finished)[-100:] or len(finished) > 100
+
+
+def test_actions_are_stored_as_sampled_and_the_environment_gets_the_clipped_copy():
+    envs = counters(3, AutoresetMode.SAME_STEP)
+    state, runner = start(envs)
+    rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 40)
+    assert (np.abs(rollout.actions) > 1).any()
+    sent = np.stack([env.seen for env in envs.envs], axis=1)
+    assert sent.dtype == np.float32
+    assert (sent == np.clip(rollout.actions, -1, 1).astype(np.float32)).all()
+
+
+@given(seeds, st.integers(1, 3), st.sampled_from(["float64", "float32"]))
+def test_the_ratio_at_old_is_one_with_observation_normalisation_on(seed, E, dtype):
+    config = tm.Config(hidden=(5,), dtype=dtype)
+    envs = counters(E, AutoresetMode.NEXT_STEP)
+    state, runner = start(envs, config, seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        rollout, runner = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, rng, 20)
+        obs, mu, actions = (a.reshape(20 * E, -1) for a in (rollout.obs, rollout.mu, rollout.actions))
+        new = tm.log_prob(state.policy, tm.forward(state.policy, state.theta, obs), actions)
+        log_ratio = new - tm.log_prob(state.policy, mu, actions)
+        # float32: eps x (5 + 2) roundings x |z| / sigma, for |z| <= 6
+        assert np.abs(log_ratio).max() <= (1e-12 if dtype == "float64" else 1e-4)
+        state = tm.learn(state, rollout)[0]
+    assert state.obs_stats.count > 0
+
+
+def test_the_observation_statistics_stay_as_they_are_during_a_rollout_and_follow_it():
+    envs = counters(2, AutoresetMode.NEXT_STEP)
+    state, runner = start(envs)
+    rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 30)
+    assert (rollout.obs == rollout.raw_obs.clip(-10, 10)).all()
+    after = tm.learn(state, rollout)[0].obs_stats
+    rows = rollout.raw_obs[rollout.real]
+    assert after.count == len(rows)
+    assert np.allclose(after.mean, rows.mean(axis=0))
+    assert np.allclose(after.m2 / after.count, rows.var(axis=0))
+
+
+@given(seeds, st.lists(st.integers(1, 20), min_size=1, max_size=6), st.floats(-1e6, 1e6))
+def test_running_statistics_are_those_of_all_rows_however_they_were_split(seed, parts, offset):
+    rng, stats = np.random.default_rng(seed), tm.RunningStats(0.0, np.zeros(3), np.zeros(3))
+    rows = offset + rng.normal(size=(sum(parts), 3))
+    for part in np.split(rows, np.cumsum(parts)[:-1]):
+        stats = tm.update_stats(stats, part)
+    scale = EPS * len(rows) * (abs(offset) + 10)
+    assert np.allclose(stats.mean, rows.mean(axis=0), rtol=0, atol=10 * scale)
+    assert np.allclose(stats.m2 / stats.count, rows.var(axis=0), rtol=1e-9, atol=100 * scale)
+
+
+def test_a_feature_that_was_constant_is_not_blown_up_when_it_moves():
+    stats = tm.update_stats(tm.RunningStats(0.0, np.zeros(1), np.zeros(1)), np.full((50, 1), 3.0))
+    assert tm.normalize(stats, np.array([[3.0]])) == 0
+    assert abs(tm.normalize(stats, np.array([[3.0001]]))) <= 1.001
+
+
+@given(st.sampled_from([0.1, 1.0, 1000.0]))
+def test_the_scale_of_the_rewards_does_not_change_the_policy_update(factor):
+    """Reward normalisation is a scale too, and the step depends on none."""
+    envs = counters(2, AutoresetMode.SAME_STEP)
+    state, runner = start(envs, tm.Config(hidden=(4,), normalize_reward=False))
+    rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 30)
+    state = state._replace(phi=np.zeros_like(state.phi))
+    one, other = (tm.learn(state, rollout._replace(rewards=rollout.rewards * f))[0].theta for f in (1.0, factor))
+    assert np.allclose(one, other, rtol=0, atol=1e-9 * np.abs(one - state.theta).max() + 1e-12)
+
+
+def test_constant_advantages_are_centred_to_zero_and_not_to_their_rounding():
+    assert (tm._centre(np.full(1000, 0.1)) == 0).all()
+    assert (tm._centre(np.full(7, 1e300)) == 0).all()
+    assert (tm._centre(np.array([3.0])) == 0).all()
+    adv = np.random.default_rng(0).normal(size=50)
+    assert (tm._centre(adv) == adv - adv.mean()).all()
+
+
+# ======================================================================================================== spaces
+ACTION_SPACES = [
+    spaces.Box(-1, 1, (2, 3)),
+    spaces.Box(-np.inf, np.inf, (1,), np.float64),
+    spaces.Box(0, 9, (2,), np.int32),
+    spaces.Box(-1.0, 1.0, ()),
+    spaces.Discrete(3, start=5),
+    spaces.Discrete(1),
+    spaces.MultiDiscrete([2, 3, 4]),
+    spaces.MultiDiscrete([[2, 3], [4, 5]]),
+    spaces.MultiBinary(4),
+    spaces.MultiBinary((2, 2)),
+]
+OBSERVATION_SPACES = [
+    spaces.Box(-1, 1, (2, 3)),
+    spaces.Box(0, 255, (4,), np.uint8),
+    spaces.Box(-1.0, 1.0, ()),
+    spaces.Discrete(4, start=-1),
+    spaces.MultiDiscrete([3, 2]),
+    spaces.MultiBinary((2, 2)),
+    spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Discrete(3)),
+    spaces.Tuple([spaces.Discrete(2), spaces.Dict(c=spaces.Box(0, 1, (1,)))]),
+]
+
+
+def contains(space, action):
+    return space.contains(np.asarray(action) if isinstance(space, spaces.Box) else action)
+
+
+class Spaces(gym.Env):
+    """Observes anything, takes anything, and insists that it is in the space."""
+
+    spec = None
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space, self.observed = observation_space, action_space, []
+
+    def _obs(self):
+        self.observed.append(spaces.flatten(self.observation_space, self.observation_space.sample()))
+        return spaces.unflatten(self.observation_space, self.observed[-1])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        assert contains(self.action_space, action), (action, self.action_space)
+        self.t += 1
+        return self._obs(), float(self.t), False, self.t == 3, {}
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES, ids=str)
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_every_action_space_gets_actions_that_it_contains(action_space, mode):
+    envs = SyncVectorEnv([lambda: Spaces(spaces.Box(-1, 1, (2,)), action_space)] * 2, autoreset_mode=mode)
+    state = tm.train(envs, tm.Config(hidden=(3,), total_steps=40, rollout_steps=20))
+    assert state.updates >= 2
+    single = tm.act(state.policy, state.theta, np.zeros(2), state.obs_stats)
+    assert contains(action_space, single)
+    batch = tm.act(state.policy, state.theta, np.zeros((5, 2)), state.obs_stats, np.random.default_rng(0))
+    assert len(batch) == 5
+    assert all(contains(action_space, a) for a in batch)
+
+
+@pytest.mark.parametrize("observation_space", OBSERVATION_SPACES, ids=str)
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_every_observation_space_is_seen_as_gymnasium_flattens_it(observation_space, mode):
+    envs = SyncVectorEnv([lambda: Spaces(observation_space, spaces.Discrete(2))] * 2, autoreset_mode=mode)
+    state, runner = start(envs, tm.Config(hidden=(3,)))
+    rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 10)
+    for e, env in enumerate(envs.envs):
+        seen = [*rollout.raw_obs[:, e], rollout.last_obs[e], *rollout.final_obs]
+        for flat in env.observed[:-1]:
+            assert any((flat == obs).all() for obs in seen)
+
+
+@pytest.mark.parametrize("space", [spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), spaces.Tuple([spaces.Discrete(2)])])
+def test_an_action_space_that_is_not_supported_is_named_in_one_sentence(space):
+    with pytest.raises(ValueError, match="action space .* is not supported: it must be Box, Discrete") as error:
+        tm.make_policy(spaces.Box(-1, 1, (2,)), space)
+    assert str(space) in str(error.value)
+
+
+def test_an_observation_space_that_is_not_supported_is_named_in_one_sentence():
+    space = spaces.Sequence(spaces.Discrete(2))
+    with pytest.raises(ValueError, match="observation space .* is not supported") as error:
+        tm.make_policy(space, spaces.Discrete(2))
+    assert str(space) in str(error.value)
+
+
+def test_an_environment_may_be_an_id_or_an_env_or_a_vector_env_or_a_callable():
+    config = tm.Config(hidden=(3,), total_steps=64, rollout_steps=32, num_envs=2)
+    for env in ("CartPole-v1", gym.make("CartPole-v1"), gym.make_vec("CartPole-v1", 3), lambda: gym.make("CartPole-v1")):
+        state = tm.train(env, config)
+        assert 64 <= state.steps <= 66
+        assert state.env == "CartPole-v1"
+
+
+# ============================================================================================ same seed, same bits
+SCRIPT = """
+import hashlib, sys, numpy as np, trpo_min as tm
+state = tm.train(sys.argv[1], tm.Config(total_steps=4000, rollout_steps=1000), seed=int(sys.argv[2]))
+print(hashlib.sha256(state.theta.tobytes() + state.phi.tobytes() + state.obs_stats.mean.tobytes()).hexdigest())
+"""
+
+
+def run(*argv, cwd=HERE, **environment):
+    env = {**os.environ, "PYTHONPATH": str(HERE), **environment}
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def trained_hash(env_id, seed, threads):
+    result = run("-c", SCRIPT, env_id, seed, NUMBA_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_the_same_seed_gives_the_same_bits_in_two_processes_and_on_one_thread_or_two(env_id):
+    one, two, other = trained_hash(env_id, 3, 1), trained_hash(env_id, 3, 2), trained_hash(env_id, 4, 2)
+    assert one == two != other
+
+
+KERNELS = """
+import sys, numpy as np, trpo_min as tm
+rng, out = np.random.default_rng(0), {}
+for policy in (tm.Policy((3, 5, 4, 2), "gaussian"), tm.Policy((3, 5, 5), "categorical", (2, 3))):
+    theta = tm.init_params(policy, rng) + 0.3 * rng.normal(size=tm.n_params(policy))
+    obs, v = rng.normal(size=(70, 3)), rng.normal(size=theta.size)
+    mu = tm.forward(policy, theta, obs)
+    actions = tm.sample(policy, mu, rng)
+    batch = tm.Batch(obs, actions, rng.normal(size=70), mu)
+    theta_new, info = tm.trpo_update(policy, theta, batch)
+    parts = (mu, actions, tm.jvp(policy, theta, obs, v), tm.fvp(policy, theta, obs, v, 0.1), theta_new, info.curvature)
+    out |= {f"{policy.head}{i}": part for i, part in enumerate(parts)}
+value = tm.Policy((3, 4, 1), "value")
+out["phi"] = tm.fit_value(value, tm.init_params(value, rng), obs, rng.normal(size=70))
+flags = rng.random((2, 9, 2)) < 0.3
+out["adv"] = tm.gae(*rng.normal(size=(3, 9, 2)), *flags, 0.9, 0.8)[0]
+out["cg"] = tm.cg(lambda p: p * np.arange(1.0, 6.0), np.ones(5)).x
+state = tm.train("CartPole-v1", tm.Config(hidden=(4,), total_steps=64, rollout_steps=32), seed=1)
+out["trained"] = state.theta
+np.savez(sys.argv[1], **out)
+"""
+
+
+def test_compiled_kernels_equal_the_python_they_were_compiled_from(tmp_path):
+    compiled, interpreted = tmp_path / "compiled.npz", tmp_path / "interpreted.npz"
+    for path, disabled in ((compiled, "0"), (interpreted, "1")):
+        result = run("-c", KERNELS, path, NUMBA_DISABLE_JIT=disabled)
+        assert result.returncode == 0, result.stderr
+    with np.load(compiled) as one, np.load(interpreted) as other:
+        assert one.files == other.files
+        for name in one.files:
+            # the same operations in the same order, but for what LLVM fuses; CG amplifies that
+            assert np.allclose(one[name], other[name], rtol=1e-8, atol=1e-10), name
+
+
+def test_import_changes_no_setting_and_needs_no_gymnasium():
+    script = """
+import os, sys, numpy as np, numba
+before = dict(os.environ), np.random.get_state()[1].tobytes(), numba.get_num_threads(), np.geterr()
+import trpo_min
+after = dict(os.environ), np.random.get_state()[1].tobytes(), numba.get_num_threads(), np.geterr()
+assert before == after
+assert "gymnasium" not in sys.modules
+"""
+    result = run("-c", script)
+    assert result.returncode == 0, result.stderr
+
+
+# ============================================================================================ saving and using
+@pytest.fixture(scope="module")
+def trained():
+    return tm.train("CartPole-v1", tm.Config(hidden=(8,), total_steps=2000, rollout_steps=500), seed=1)
+
+
+def same(a, b):
+    return json.dumps(a, default=lambda x: np.asarray(x).tobytes().hex()) == json.dumps(
+        b, default=lambda x: np.asarray(x).tobytes().hex()
+    )
+
+
+def test_a_saved_state_comes_back_bit_for_bit_and_acts_the_same(trained, tmp_path):
+    tm.save(trained, tmp_path / "checkpoint.npz")
+    loaded = tm.load(tmp_path / "checkpoint.npz")
+    assert same(loaded, trained)
+    assert hash(loaded.policy) == hash(trained.policy)
+    obs = np.random.default_rng(0).normal(size=(50, 4))
+    before, after = (tm.act(s.policy, s.theta, obs, s.obs_stats, np.random.default_rng(1)) for s in (trained, loaded))
+    assert (before == after).all()
+    assert os.listdir(tmp_path) == ["checkpoint.npz"]
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_with_one_sentence(trained, tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    tm.save(trained, path)
+    whole = path.read_bytes()
+    for data in (b"", b"hello", whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            tm.load(path)
+    np.savez(path, theta=trained.theta)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        tm.load(path)
+
+
+def test_evaluation_changes_no_byte_of_the_state_and_repeats(trained):
+    before = json.dumps(trained, default=lambda x: np.asarray(x).tobytes().hex())
+    one, two = (tm.evaluate(trained, "CartPole-v1", episodes=3, seed=5) for _ in range(2))
+    assert (one[0] == two[0]).all()
+    assert (one[0] == one[1]).all()  # CartPole pays 1 a step
+    assert json.dumps(trained, default=lambda x: np.asarray(x).tobytes().hex()) == before
+
+
+# ============================================================================================ bad input
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden", 64), ("hidden", (0,)), ("hidden", (1.5,)), ("hidden", [8]), ("total_steps", 0), ("total_steps", 1.0),
+        ("num_envs", True), ("num_envs", -1), ("rollout_steps", "8"), ("gamma", 1.1), ("gamma", None), ("gamma", np.nan),
+        ("lam", -0.1), ("max_kl", 0.0), ("max_kl", np.inf), ("damping", -1e-9), ("cg_iters", 0), ("cg_tol", 1.0),
+        ("backtrack_coef", 1.0), ("backtrack_coef", 0.0), ("max_backtracks", 0), ("value_iters", -1), ("value_kl", 0),
+        ("normalize_obs", 1), ("normalize_reward", "yes"), ("stop_when_solved", None), ("dtype", "float16"), ("dtype", 64),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_or_of_the_wrong_type_is_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be .*, got "):
+        tm.train("CartPole-v1", tm.Config(**{field: value}))
+
+
+def test_the_settings_themselves_and_numpy_numbers_pass():
+    tm.check_config(tm.Config())
+    tm.check_config(tm.Config(gamma=np.float32(0.5), hidden=(), num_envs=np.int64(2), damping=0, total_steps=np.int32(5)))
+
+
+def broken(batch, **changes):
+    return batch._replace(**{k: f(np.array(getattr(batch, k))) for k, f in changes.items()})
+
+
+def set_first(value):
+    def change(array):
+        array.flat[0] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"obs": lambda a: a[:, :2]}, r"obs must have shape \(any, 3\), got \(60, 2\)"),
+        ({"obs": lambda a: a[0]}, "obs must have shape"),
+        ({"obs": lambda a: a[:0]}, "obs must not be empty"),
+        ({"obs": set_first(np.nan)}, r"obs must be finite, got NaN or infinity at index \[0 0\]"),
+        ({"obs": set_first(np.inf)}, "obs must be finite"),
+        ({"obs": lambda a: a.astype(str)}, "obs must be"),
+        ({"obs": lambda a: a.astype(complex)}, "obs must be"),
+        ({"adv": lambda a: a[:-1]}, r"adv must have shape \(60,\), got \(59,\)"),
+        ({"adv": set_first(np.nan)}, "adv must be finite"),
+        ({"mu_old": set_first(np.inf)}, "mu_old must be finite"),
+        ({"mu_old": lambda a: a + 0.1}, r"mu_old must be forward\(policy, theta, obs\)"),
+        ({"mu_old": lambda a: a[:, :1]}, "mu_old must have shape"),
+        ({"weights": lambda a: np.ones(3)}, "weights must have shape"),
+        ({"weights": lambda a: np.nan}, "weights must be finite"),
+        ({"actions": lambda a: a[:-1]}, "actions must"),
+        ({"actions": lambda a: a[:, 0]}, "actions must"),
+    ],
+)
+@pytest.mark.parametrize("head", ["categorical", "gaussian"])
+def test_a_bad_batch_is_refused_before_any_work_in_one_sentence(head, changes, message):
+    case = fixed_case(head)
+    with pytest.raises(ValueError, match=message) as error:
+        tm.trpo_update(case.policy, case.theta, broken(make_batch(case), **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [lambda a: a + 4, lambda a: a - 4, lambda a: a.astype(float)])
+def test_actions_that_are_no_choices_are_refused(bad):
+    case = fixed_case("categorical")
+    with pytest.raises(ValueError, match="actions must be"):
+        tm.trpo_update(case.policy, case.theta, broken(make_batch(case), actions=bad))
+
+
+def test_bad_parameters_are_refused():
+    case = fixed_case()
+    for theta in (case.theta[:-1], case.theta[None], case.theta * np.nan, case.theta.astype(np.float16), "theta", None):
+        with pytest.raises(ValueError, match="theta must"):
+            tm.forward(case.policy, theta, case.obs)
+
+
+class Faulty(Counter):
+    """Turns bad after 100 steps."""
+
+    def __init__(self, fault):
+        super().__init__(1)
+        self.fault, self.n = fault, 0
+
+    def step(self, action):
+        self.n += 1
+        obs, reward, *rest = super().step(action)
+        if self.n > 100:
+            if self.fault == "raise":
+                raise RuntimeError("the simulator broke")
+            obs = obs * np.nan if self.fault == "observation" else obs
+            reward = np.nan if self.fault == "reward" else reward
+        return obs, reward, *rest
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        ("observation", ValueError, "observation with NaN or infinity"),
+        ("reward", ValueError, "a reward of nan"),
+        ("raise", RuntimeError, "the simulator broke"),
+    ],
+)
+def test_an_environment_that_breaks_ends_training_with_what_was_learned(fault, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        tm.train(Faulty(fault), tm.Config(hidden=(3,), rollout_steps=20))
+    assert error.value.state.updates >= 4
+    assert np.isfinite(error.value.state.theta).all()
+
+
+def test_an_interrupt_carries_what_was_learned():
+    def interrupt(state, *_):
+        if state.updates == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as error:
+        tm.train("CartPole-v1", tm.Config(hidden=(3,), rollout_steps=20), callback=interrupt)
+    assert error.value.state.updates == 3
+
+
+# ============================================================================================ the command line
+def shell(tmp_path, *argv):
+    return run(HERE / "trpo_min.py", *argv, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--env", "CartPol-v1"], "CartPole"),
+        (["--env", "CartPole-v1", "--gama", "0.9"], "did you mean --gamma"),
+        (["--env", "CartPole-v1", "--gamma", "2"], "gamma must be a number in [0, 1], got 2.0"),
+        (["--env", "CartPole-v1", "--gamma", "high"], "--gamma"),
+        (["--env", "CartPole-v1", "--hidden", "8", "0"], "hidden must be an integer in [1, inf), got 0"),
+        (["--env", "no_such_module:Env-v0"], "no_such_module"),
+        ([], "--env"),
+    ],
+)
+def test_misuse_from_the_shell_is_one_sentence_and_exit_code_2(tmp_path, argv, message):
+    result = shell(tmp_path, *argv)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
+    result = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "3e3", "--hidden", "8", "8", "--out", "here")
+    assert result.returncode == 0, result.stderr
+    for text in ("CartPole-v1", "Discrete(2)", "4-8-8-2", "seed 0", "saved in here"):
+        assert text in result.stdout
+    state = tm.load(tmp_path / "here" / "checkpoint.npz")
+    assert (state.steps, state.config.hidden, state.env) == (3000, (8, 8), "CartPole-v1")
+    again = shell(tmp_path, "--env", "CartPole-v1", "--out", "here")
+    assert again.returncode == 2
+    assert "not overwritten" in again.stderr
+    quiet = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "500", "--quiet")
+    assert quiet.returncode == 0
+    assert len(quiet.stdout.splitlines()) == 1
+
+
+def test_a_run_that_breaks_saves_first(tmp_path):
+    (tmp_path / "faulty.py").write_text(
+        "import gymnasium as gym\n"
+        f"import sys; sys.path.append({str(HERE)!r})\n"
+        "from test_trpo_min import Faulty\n"
+        "gym.register('Faulty-v0', lambda: Faulty('observation'))\n"
+    )
+    result = run(
+        HERE / "trpo_min.py", "--env", "faulty:Faulty-v0", "--out", "here", "--rollout-steps", 80, cwd=tmp_path,
+        PYTHONPATH=f"{HERE}:{tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "NaN or infinity" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1

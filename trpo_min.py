@@ -143,19 +143,22 @@ def n_outputs(policy):
 
 # ============================================================================================= checks at the boundary
 def _finite(name, array, shape, dtype=None):
-    """array as a C-contiguous floating-point array of this shape (None: any length), or a ValueError that says why."""
+    """array in C order, of this shape (None: any length) and dtype, or a ValueError that says what is wrong with it."""
     try:
-        array = np.asarray(array, dtype, order="C")
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an array of numbers of one shape, got {type(array).__name__}") from None
-    array = array.astype(np.float64) if array.dtype.kind in "iub" else array
-    expected = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+        array = np.asarray(array)
+    except ValueError:  # lists of unequal length
+        array = np.asarray(None)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} must be an array of real numbers, got {array.dtype}")
+    dtype = np.dtype(dtype or (array.dtype if array.dtype.kind == "f" else np.float64))
+    if dtype not in (np.float64, np.float32):
+        raise ValueError(f"{name} must be float64 or float32, got {dtype}")
     if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        expected = str(shape).replace("None", "any")
         raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
-    if array.dtype not in (np.float64, np.float32):
-        raise ValueError(f"{name} must be float64 or float32, got {array.dtype}")
     if array.size == 0 and 0 not in shape:
         raise ValueError(f"{name} must not be empty, got shape {array.shape}")
+    array = np.require(array, dtype, ["C", "A", "W"])
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity at index {np.argwhere(~np.isfinite(array))[0]}")
     return array
@@ -1285,12 +1288,13 @@ def save(state, path):
 def load(path):
     """The TrainState that save wrote to path.  Raises ValueError if path holds anything else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = dict(content)
         plain = json.loads(str(arrays.pop("state")), object_hook=_tuples)
         del plain["version"]
         for name in ("obs_stats", "reward_stats"):
-            plain[name] = RunningStats(*(arrays[f"{name}.{field}"] for field in RunningStats._fields))
+            count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
+            plain[name] = RunningStats(float(count), mean, m2)
         plain |= {"config": Config(**plain["config"])}
         plain |= {name: Policy(**plain[name]) for name in ("policy", "value")}
         return TrainState(theta=arrays["theta"], phi=arrays["phi"], **plain)
@@ -1409,7 +1413,7 @@ def _run(args):
         raise ValueError(f"{path} exists and is not overwritten: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     say = (lambda *_: None) if args.quiet else print
-    say(_header(envs, name, config, args.seed), flush=True)
+    say(_header(envs, name, config, args.seed))
     start = time.perf_counter()
     try:
         with _compile_notice() if not args.quiet else open(os.devnull):
