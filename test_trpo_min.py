@@ -5,12 +5,12 @@ Jacobian comes from complex steps, F is a sum of matrices.  Tolerances are eps t
 bound on the absolute values that are added up (tolerance below), so they follow the case instead of being guessed.
 """
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import scipy.special
 import scipy.stats
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import trpo_min as tm
@@ -265,7 +265,9 @@ def test_jvp_is_the_directional_derivative(case):
     v = case.rng.normal(size=case.theta.shape)
     v /= np.linalg.norm(v)
     h = 1e-5
-    difference = (tm.forward(case.policy, case.theta + h * v, case.obs) - tm.forward(case.policy, case.theta - h * v, case.obs)) / (2 * h)
+    difference = (
+        tm.forward(case.policy, case.theta + h * v, case.obs) - tm.forward(case.policy, case.theta - h * v, case.obs)
+    ) / (2 * h)
     scale = 1 + np.abs(tm.forward(*case[:3])).max() + np.abs(difference).max() * (1 + np.abs(case.obs).max()) ** 2
     # truncation h^2 / 6 times a third derivative, rounding eps / h times a value; both about 1e-10 here
     assert np.abs(tm.jvp(*case[:3], v) - difference).max() <= 100 * scale * (h * h + EPS / h)
@@ -337,7 +339,10 @@ def test_fvp_is_the_derivative_of_the_gradient_of_mean_kl(case):
             d_mu = np.concatenate([shift / var, 1 - (var_old + shift**2) / var], axis=1)
         else:
             d_mu = np.concatenate(
-                [scipy.special.softmax(mu[:, g], 1) - scipy.special.softmax(mu_old[:, g], 1) for g in groups(case.policy)],
+                [
+                    scipy.special.softmax(mu[:, g], 1) - scipy.special.softmax(mu_old[:, g], 1)
+                    for g in groups(case.policy)
+                ],
                 axis=1,
             )
         return np.einsum("nk,nkp->p", d_mu, J) / n
@@ -417,7 +422,9 @@ def test_kl_at_old_is_zero_with_zero_gradient_and_still_has_a_hessian(case):
     # the gradient in mu: of a categorical p - p, of a Gaussian 0 and 1 - 1; measured as a slope both ways
     k = case.rng.integers(mu.shape[1])
     step = np.zeros_like(mu)
-    step[:, k] = 1e-6 * np.exp(mu[:, mu.shape[1] // 2 + k]) if case.policy.head == "gaussian" and k < mu.shape[1] // 2 else 1e-6
+    step[:, k] = (
+        1e-6 * np.exp(mu[:, mu.shape[1] // 2 + k]) if case.policy.head == "gaussian" and k < mu.shape[1] // 2 else 1e-6
+    )
     ahead, behind = tm.kl(case.policy, mu, mu + step), tm.kl(case.policy, mu, mu - step)
     assert (np.maximum(ahead, behind) <= 2e-12 * (1 + 1e6 * np.spacing(np.abs(mu)).max())).all()
 
@@ -457,7 +464,7 @@ def test_cg_never_raises_its_energy_error(seed, n, log_condition):
         error = tm.cg(lambda p: A @ p, b, max_iter=k, tol=0.0).x - exact
         energies.append(error @ A @ error)
     floor = (n * EPS) ** 2 * exact @ A @ exact * 10.0 ** (2 * log_condition)
-    assert all(later <= earlier * (1 + 1e-9) + floor for earlier, later in zip(energies, energies[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-9) + floor for earlier, later in pairwise(energies))
 
 
 @given(seeds, st.integers(1, 30), st.integers(0, 30))
@@ -511,7 +518,7 @@ def test_the_compiled_solve_is_cg_over_fvp(case, damping, max_iter):
     case = mild(case)
     b = case.rng.normal(size=case.theta.shape)
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
-    x, residual, n_iter, status, curvature = tm._solve(
+    x, _, _, _, curvature = tm._solve(
         case.theta, b, *tm._fisher(case.policy, case.theta, acts), damping, max_iter, 1e-10
     )
     result = tm.cg(lambda p: tm.fvp(*case[:3], p, damping), b, max_iter, 1e-10)
@@ -636,7 +643,12 @@ def test_metric_is_the_hessian_of_kl_in_mu(policy, seed):
         for sign, s, r in ((1, 1, 1), (-1, 1, -1), (-1, -1, 1), (1, -1, -1))
     ) / (4 * h * h)
     expected = (a * tm.fisher_metric(policy, mu, b)).sum(axis=1)
-    scale = 1 + (np.abs(a) + np.abs(b)).max() ** 4 * (1 + tm.fisher_metric(policy, mu, np.ones_like(mu)).max()) * mu.shape[1] ** 2
+    scale = (
+        1
+        + (np.abs(a) + np.abs(b)).max() ** 4
+        * (1 + tm.fisher_metric(policy, mu, np.ones_like(mu)).max())
+        * mu.shape[1] ** 2
+    )
     assert np.allclose(mixed, expected, atol=100 * h * h * scale)
 
 
@@ -758,7 +770,11 @@ def test_surrogate_grad_is_its_derivative_at_old_and_elsewhere(case, elsewhere):
     h = 1e-4
     values = [slow_surrogate(case.policy, theta + s * h * d, batch) for s in (-2, -1, 1, 2)]
     difference = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)  # fourth order
-    scale = 1 + np.abs(values).max() + np.abs(batch.adv).max() * np.abs(tm.score(case.policy, batch.mu_old, batch.actions)).max() ** 5
+    scale = (
+        1
+        + np.abs(values).max()
+        + np.abs(batch.adv).max() * np.abs(tm.score(case.policy, batch.mu_old, batch.actions)).max() ** 5
+    )
     assert abs(tm.surrogate_grad(case.policy, theta, batch) @ d - difference) <= 1e3 * scale * (h**4 + EPS / h)
 
 
@@ -835,12 +851,12 @@ def test_an_update_is_a_pure_function_of_its_arguments(case):
     held = [case.theta, *batch[:4]]
     for array in held:
         array.flags.writeable = False
-    before, state = [a.copy() for a in held], np.random.get_state()[1].copy()
+    before, state = [a.copy() for a in held], np.random.get_state()[1].copy()  # noqa: NPY002
     first, second = (tm.trpo_update(case.policy, case.theta, batch, CONFIG) for _ in range(2))
     assert first[0].tobytes() == second[0].tobytes()
     assert first[1] == second[1]
     assert all((a == b).all() for a, b in zip(held, before, strict=True))
-    assert (np.random.get_state()[1] == state).all()
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
 
 
 @given(update_cases(), st.sampled_from([1e-300, 1e-8, 3.0, 1e8, 1e300]))
@@ -868,7 +884,9 @@ def test_half_the_quadratic_of_the_full_step_is_max_kl(case, max_kl):
 @given(update_cases(), st.sampled_from([0.0, 1e-3, 0.3]))
 def test_the_curvature_is_that_of_the_undamped_fisher_along_the_step(case, damping):
     case = mild(case)
-    theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case), CONFIG._replace(damping=damping, max_kl=1e-5))
+    theta, info = tm.trpo_update(
+        case.policy, case.theta, make_batch(case), CONFIG._replace(damping=damping, max_kl=1e-5)
+    )
     if info.accepted:
         step_dir = (theta - case.theta) / info.step_length
         dense = step_dir @ dense_fisher(*case[:3]) @ step_dir
@@ -916,7 +934,9 @@ def test_a_search_that_fails_gives_theta_back_bitwise(case):
 def fixed_case(head="categorical", n=60, seed=0):
     rng = np.random.default_rng(seed)
     policy = tm.Policy((3, 8, 4), head, (4,) if head == "categorical" else ())
-    return Case(policy, tm.init_params(policy, rng) + 0.3 * rng.normal(size=tm.n_params(policy)), rng.normal(size=(n, 3)), rng)
+    return Case(
+        policy, tm.init_params(policy, rng) + 0.3 * rng.normal(size=tm.n_params(policy)), rng.normal(size=(n, 3)), rng
+    )
 
 
 @pytest.mark.parametrize(
@@ -966,7 +986,9 @@ def test_a_batch_of_one_row_and_identical_rows_update_without_nan():
 def test_float32_updates_keep_the_promises_of_float64(case, seed):
     case = mild(case)
     batch = make_batch(case)
-    batch32 = batch._replace(obs=batch.obs.astype(np.float32), mu_old=tm.forward(case.policy, case.theta.astype(np.float32), case.obs))
+    batch32 = batch._replace(
+        obs=batch.obs.astype(np.float32), mu_old=tm.forward(case.policy, case.theta.astype(np.float32), case.obs)
+    )
     theta, info = tm.trpo_update(case.policy, case.theta.astype(np.float32), batch32, CONFIG._replace(damping=0.1))
     assert theta.dtype == np.float32
     if info.accepted:
@@ -1359,23 +1381,30 @@ def test_every_observation_space_is_seen_as_gymnasium_flattens_it(observation_sp
             assert any((flat == obs).all() for obs in seen)
 
 
-@pytest.mark.parametrize("space", [spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), spaces.Tuple([spaces.Discrete(2)])])
+@pytest.mark.parametrize(
+    "space", [spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), spaces.Tuple([spaces.Discrete(2)])]
+)
 def test_an_action_space_that_is_not_supported_is_named_in_one_sentence(space):
-    with pytest.raises(ValueError, match="action space .* is not supported: it must be Box, Discrete") as error:
+    with pytest.raises(ValueError, match=r"action space .* is not supported: it must be Box, Discrete") as error:
         tm.make_policy(spaces.Box(-1, 1, (2,)), space)
     assert str(space) in str(error.value)
 
 
 def test_an_observation_space_that_is_not_supported_is_named_in_one_sentence():
     space = spaces.Sequence(spaces.Discrete(2))
-    with pytest.raises(ValueError, match="observation space .* is not supported") as error:
+    with pytest.raises(ValueError, match=r"observation space .* is not supported") as error:
         tm.make_policy(space, spaces.Discrete(2))
     assert str(space) in str(error.value)
 
 
 def test_an_environment_may_be_an_id_or_an_env_or_a_vector_env_or_a_callable():
     config = tm.Config(hidden=(3,), total_steps=64, rollout_steps=32, num_envs=2)
-    for env in ("CartPole-v1", gym.make("CartPole-v1"), gym.make_vec("CartPole-v1", 3), lambda: gym.make("CartPole-v1")):
+    for env in (
+        "CartPole-v1",
+        gym.make("CartPole-v1"),
+        gym.make_vec("CartPole-v1", 3),
+        lambda: gym.make("CartPole-v1"),
+    ):
         state = tm.train(env, config)
         assert 64 <= state.steps <= 66
         assert state.env == "CartPole-v1"
@@ -1503,10 +1532,11 @@ def test_evaluation_changes_no_byte_of_the_state_and_repeats(trained):
     ("field", "value"),
     [
         ("hidden", 64), ("hidden", (0,)), ("hidden", (1.5,)), ("hidden", [8]), ("total_steps", 0), ("total_steps", 1.0),
-        ("num_envs", True), ("num_envs", -1), ("rollout_steps", "8"), ("gamma", 1.1), ("gamma", None), ("gamma", np.nan),
+        ("num_envs", True), ("num_envs", -1), ("rollout_steps", "8"), ("gamma", 1.1), ("gamma", None),
         ("lam", -0.1), ("max_kl", 0.0), ("max_kl", np.inf), ("damping", -1e-9), ("cg_iters", 0), ("cg_tol", 1.0),
         ("backtrack_coef", 1.0), ("backtrack_coef", 0.0), ("max_backtracks", 0), ("value_iters", -1), ("value_kl", 0),
-        ("normalize_obs", 1), ("normalize_reward", "yes"), ("stop_when_solved", None), ("dtype", "float16"), ("dtype", 64),
+        ("normalize_obs", 1), ("normalize_reward", "yes"), ("stop_when_solved", None), ("dtype", "float16"),
+        ("dtype", 64), ("gamma", np.nan),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_or_of_the_wrong_type_is_named(field, value):
@@ -1516,7 +1546,9 @@ def test_a_setting_out_of_range_or_of_the_wrong_type_is_named(field, value):
 
 def test_the_settings_themselves_and_numpy_numbers_pass():
     tm.check_config(tm.Config())
-    tm.check_config(tm.Config(gamma=np.float32(0.5), hidden=(), num_envs=np.int64(2), damping=0, total_steps=np.int32(5)))
+    tm.check_config(
+        tm.Config(gamma=np.float32(0.5), hidden=(), num_envs=np.int64(2), damping=0, total_steps=np.int32(5))
+    )
 
 
 def broken(batch, **changes):

@@ -23,6 +23,7 @@ Each update maximises the surrogate L inside a trust region of the mean KL diver
 Dimensions: N rows (state-action pairs), D observation features, K head outputs, A action components,
 P parameters of the policy, Q of the value function, T time steps, E environments, L layers of weights.
 """
+
 import argparse
 import difflib
 import json
@@ -43,11 +44,12 @@ __version__ = "0.1.0"
 # "numpy": a division by zero gives inf or NaN, which the callers look for, and does not block vectorization
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 # prange and nothing else: turning array expressions into parallel loops too would triple the time to compile
-_PRANGE_ONLY = dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
-parallel_jit = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=_PRANGE_ONLY | {"prange": True})
+_ARRAY_LOOPS = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
+_PRANGE_ONLY = dict.fromkeys(_ARRAY_LOOPS, False) | {"prange": True}
+parallel_jit = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=_PRANGE_ONLY)
 
 
-# ======================================================================================== what is passed around
+# ================================================================================================ what is passed around
 class Config(NamedTuple):
     """All settings; each is also a command-line option.  Annotated with type, allowed interval, meaning and unit."""
 
@@ -141,7 +143,7 @@ def n_outputs(policy):
     return policy.sizes[-1] * (2 if policy.head == "gaussian" else 1)
 
 
-# ============================================================================================= checks at the boundary
+# =============================================================================================== checks at the boundary
 def _finite(name, array, shape, dtype=None):
     """array in C order, of this shape (None: any length) and dtype, or a ValueError that says what is wrong with it."""
     try:
@@ -169,25 +171,22 @@ def _check_inputs(policy, theta, obs):
     return theta, _finite("obs", obs, (None, policy.sizes[0]), theta.dtype)
 
 
-def _check_actions(policy, actions, n_rows, dtype):
-    if policy.head == "gaussian":
-        return _finite("actions", actions, (n_rows, policy.sizes[-1]), dtype)
-    actions, shape = np.ascontiguousarray(actions), (n_rows, len(policy.nvec))
-    if actions.shape != shape or actions.dtype.kind not in "iu":
-        raise ValueError(f"actions must be integers of shape {shape}, got {actions.dtype} of shape {actions.shape}")
-    if ((actions < 0) | (actions >= policy.nvec)).any():
-        raise ValueError(f"actions must be choices counted from 0 and below nvec={policy.nvec}, got {actions.max()}")
-    return actions
-
-
 def _check_batch(policy, theta, batch):
     """theta and batch as contiguous arrays of theta's dtype, or a ValueError that names the field."""
     theta, obs = _check_inputs(policy, theta, batch.obs)
     n, dtype = len(obs), theta.dtype
+    if policy.head == "gaussian":
+        actions = _finite("actions", batch.actions, (n, policy.sizes[-1]), dtype)
+    else:
+        actions, shape = np.ascontiguousarray(batch.actions), (n, len(policy.nvec))
+        if actions.shape != shape or actions.dtype.kind not in "iu":
+            raise ValueError(f"actions must be integers of shape {shape}, got {actions.dtype} of shape {actions.shape}")
+        if ((actions < 0) | (actions >= policy.nvec)).any():
+            raise ValueError(f"actions must be choices from 0 to below nvec={policy.nvec}, got {actions.max()}")
+    adv = _finite("adv", batch.adv, (n,), dtype)
     mu_old = _finite("mu_old", batch.mu_old, (n, n_outputs(policy)), dtype)
     weights = _finite("weights", batch.weights, (n,) if np.ndim(batch.weights) else (), dtype)
-    actions = _check_actions(policy, batch.actions, n, dtype)
-    return theta, Batch(obs, actions, _finite("adv", batch.adv, (n,), dtype), mu_old, weights)
+    return theta, Batch(obs, actions, adv, mu_old, weights)
 
 
 def _check_mu_old(mu_old, mu):
@@ -197,34 +196,7 @@ def _check_mu_old(mu_old, mu):
         raise ValueError(f"mu_old must be forward(policy, theta, obs), the policy that sampled; it is {far:.3g} away")
 
 
-def check_config(config):
-    """Raises ValueError where a field of config has the wrong type or is out of its interval."""
-    for name, hint in typing.get_type_hints(Config, include_extras=True).items():
-        kind, (interval, _) = hint.__origin__, hint.__metadata__
-        value, several = getattr(config, name), kind == tuple[int, ...]
-        if several and not isinstance(value, tuple):
-            raise ValueError(f"{name} must be a tuple of integers, got {value!r}")
-        for number in value if several else (value,):
-            _check_number(name, number, int if several else kind, interval)
-
-
-def _check_number(name, number, kind, interval):
-    if kind is str:
-        ok, expected = number in interval.split(), " or ".join(interval.split())
-    elif kind is bool:
-        ok, expected = isinstance(number, (bool, np.bool_)), "True or False"
-    else:
-        low, high = (float(end) for end in interval[1:-1].split(","))
-        numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-        ok = isinstance(number, numbers) and not isinstance(number, bool) and np.isfinite(number)
-        ok = ok and (number > low or (number == low and interval[0] == "["))
-        ok = ok and (number < high or (number == high and interval[-1] == "]"))
-        expected = f"{'an integer' if kind is int else 'a number'} in {interval}"
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {number!r}")
-
-
-# ==================================================================================================== policy heads
+# ========================================================================================================= policy heads
 # mu (N, K) is the mean and log_std (N, 2A) of a Gaussian, or the logits (N, sum(nvec)) of a product of categoricals:
 # one softmax for each group of nvec[i] columns.  log_std is a free vector, repeated on every row.
 LOG_2PI = float(np.log(2 * np.pi))
@@ -265,8 +237,8 @@ def entropy(policy, mu):
 def kl(policy, mu_old, mu_new):
     """KL(pi_old(.|s) || pi_new(.|s)) (N,) in nats, the integrand of E2.
 
-    Written with f(t) = exp(t) - 1 - t >= 0, so that it is 0 at old, never negative, and exact as it goes to 0:
-    categorical sum p_old f(log p_new/p_old); Gaussian sum of (shift / sigma_new)^2 / 2 + f(2 log sigma_old/sigma_new) / 2.
+    With f(t) = exp(t) - 1 - t >= 0, so that it is 0 at old, never negative, and precise as it goes to 0: categorical
+    sum of p_old f(log p_new/p_old); Gaussian sum of ((shift / sigma_new)^2 + f(2 log sigma_old/sigma_new)) / 2.
     """
     if policy.head == "gaussian":
         (mean_old, log_std_old), (mean_new, log_std_new) = np.split(mu_old, 2, axis=1), np.split(mu_new, 2, axis=1)
@@ -358,27 +330,23 @@ def _sample_rows(mu, nvec, noise, actions):
             first += n
 
 
-def _noise(policy, rng, *shape):
-    """The random numbers that samples are made of, drawn for many rows at once; float64, as a float32 could be 1."""
+def _draw(policy, rng, shape, dtype):
+    """Noise and room for samples (*shape, A).  float64 noise, as a float32 below 1 could round to 1."""
     if policy.head == "gaussian":
-        return rng.standard_normal((*shape, policy.sizes[-1]))
-    return rng.random((*shape, len(policy.nvec)))
-
-
-def _empty_actions(policy, dtype, *shape):
-    if policy.head == "gaussian":
-        return np.empty((*shape, policy.sizes[-1]), dtype)
-    return np.zeros((*shape, len(policy.nvec)), np.int64)
+        shape = (*shape, policy.sizes[-1])
+        return rng.standard_normal(shape), np.empty(shape, dtype)
+    shape = (*shape, len(policy.nvec))
+    return rng.random(shape), np.zeros(shape, np.int64)
 
 
 def sample(policy, mu, rng):
     """Actions (N, A) drawn from pi_mu: floats (not clipped), or choices counted from 0."""
-    actions = _empty_actions(policy, mu.dtype, len(mu))
-    _sample_rows(mu, np.array(policy.nvec, np.int64), _noise(policy, rng, len(mu)), actions)
+    noise, actions = _draw(policy, rng, mu.shape[:1], mu.dtype)
+    _sample_rows(mu, np.array(policy.nvec, np.int64), noise, actions)
     return actions
 
 
-# ============================================================================== network: forward, J v, J^T u, F v
+# ==================================================================================== network: forward, J v, J^T u, F v
 # theta holds W (m, n) and b (n,) of each layer in turn, then log_std (A,) for a Gaussian head.  acts holds obs, the
 # tanh outputs of each hidden layer and the network's outputs, layer after layer, rows in order: N * sum(sizes) numbers.
 BLOCK = 64  # rows per block: it stays in the first caches, and BLAS runs products this small on the calling thread
@@ -395,18 +363,10 @@ def _layer(theta, sizes, layer):
 
 
 @jit
-def _total(sizes):
-    total = 0
-    for n in sizes:
-        total += n
-    return total
-
-
-@jit
 def _rows(acts, sizes, layer, i, j):
     """Rows i to j of a layer's activations (j - i, sizes[layer]), as a view into acts."""
-    n, n_rows = sizes[layer], acts.size // _total(sizes)
-    start = n_rows * _total(sizes[:layer])
+    n, n_rows = sizes[layer], acts.size // sizes.sum()
+    start = n_rows * sizes[:layer].sum()
     return acts[start + i * n : start + j * n].reshape(j - i, n)
 
 
@@ -509,7 +469,7 @@ def _times_tanh_slope(dz, h):
 def _activations(theta, sizes, obs):
     """acts for obs (N, D); the network's outputs are its last N * sizes[-1] numbers."""
     n_rows = obs.shape[0]
-    acts = np.empty(n_rows * _total(sizes), obs.dtype)
+    acts = np.empty(n_rows * sizes.sum(), obs.dtype)
     _copy(obs, _rows(acts, sizes, 0, 0, n_rows))
     for block in numba.prange((n_rows + BLOCK - 1) // BLOCK):
         _forward_block(theta, sizes, acts, block * BLOCK, min((block + 1) * BLOCK, n_rows))
@@ -519,8 +479,8 @@ def _activations(theta, sizes, obs):
 @jit
 def _jtu_blocks(theta, v, sizes, acts, m, nvec, u, first, last, out):
     """out <- what blocks first to last add to J^T u, or to J^T M J v where v is not empty."""
-    n_rows = acts.size // _total(sizes)
-    dacts = np.empty(BLOCK * _total(sizes), theta.dtype)
+    n_rows = acts.size // sizes.sum()
+    dacts = np.empty(BLOCK * sizes.sum(), theta.dtype)
     out[:] = 0
     for block in range(first, last):
         i, j = block * BLOCK, min((block + 1) * BLOCK, n_rows)
@@ -550,7 +510,7 @@ def _jtu(theta, v, sizes, acts, m, nvec, u):
     Rows are added up in chunks, whose number is set by the sizes and not by the threads, so that the bits never
     change, and is small enough for their partial sums to take no more memory than acts.
     """
-    n_rows = acts.size // _total(sizes)
+    n_rows = acts.size // sizes.sum()
     n_blocks = (n_rows + BLOCK - 1) // BLOCK
     n_chunks = max(1, min(n_blocks, 64, acts.size // theta.size))
     partial = np.empty((n_chunks, theta.size), theta.dtype)
@@ -560,7 +520,7 @@ def _jtu(theta, v, sizes, acts, m, nvec, u):
     return _sum_partial(partial)
 
 
-# ==================================================================================== E5: conjugate gradients
+# ============================================================================================== E5: conjugate gradients
 CG_STATUS = ("converged", "iteration limit", "negative curvature", "not finite")
 CONVERGED, ITERATION_LIMIT, NEGATIVE_CURVATURE, NOT_FINITE = range(4)
 
@@ -615,7 +575,7 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
 @jit
 def _fvp(theta, v, sizes, acts, m, nvec, damping):
     """F v + damping v, E4.  log_std does not see the state, so its block of F is 2 I whatever the rows."""
-    n_rows = acts.size // _total(sizes)
+    n_rows = acts.size // sizes.sum()
     Fv = _jtu(theta, v, sizes, acts, m, nvec, m)
     n_weights = 0
     for layer in range(1, sizes.size):
@@ -634,7 +594,7 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
     x, r, p = np.zeros_like(b), b.copy(), b.copy()
     rr = _dot(r, r)
     stop, n_iter, status = tol * tol * rr, 0, ITERATION_LIMIT
-    while rr > stop and n_iter < max_iter and status == ITERATION_LIMIT:
+    while rr > stop and n_iter < max_iter and status == ITERATION_LIMIT:  # as in cg: compiled code takes no functions
         rr, status = _cg_step(x, r, p, _fvp(theta, p, sizes, acts, m, nvec, damping), rr)
         n_iter += status == ITERATION_LIMIT
     damped = damping * _dot(x, x)
@@ -644,7 +604,7 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
     return x, np.sqrt(rr), n_iter, CONVERGED if rr <= stop else status, curvature
 
 
-# ============================================================================ the policy as a function of its parameters
+# =========================================================================== the policy as a function of its parameters
 def init_params(policy, rng, dtype=np.float64):
     """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0, log_std 0 (sigma = 1).
 
@@ -721,7 +681,7 @@ def _fisher(policy, theta, acts):
     return np.array(policy.sizes), acts, np.ascontiguousarray(m), np.array(policy.nvec, np.int64)
 
 
-# ======================================================================================== E1 to E7: the policy update
+# ========================================================================================== E1 to E7: the policy update
 def _surrogate(policy, mu, batch):
     ratio = np.exp(log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions))
     return float(np.mean(batch.weights * ratio * batch.adv))
@@ -746,31 +706,23 @@ def surrogate_grad(policy, theta, batch):
     return _surrogate_grad(policy, theta, _activations(theta, np.array(policy.sizes), batch.obs), batch)
 
 
-class _Step(NamedTuple):
-    """How a trust-region step went: the figures of UpdateInfo of the same names."""
-
-    curvature: float
-    step_length: float
-    backtracks: int
-    cg_iters: int
-    cg_residual: float
-    cg_status: str
-
-
 def _trust_region_step(net, params, acts, grad, measure, radius, longest, config):
-    """Uphill along (F + c I)^-1 grad, as far as the quadratic model allows, backtracking: E4 to E7.
+    """Uphill along (F + c I)^-1 grad as far as the quadratic model allows, then backtracking: E4 to E7.
 
-    measure(mu) -> (objective, divergence); the step kept has divergence <= radius and a larger objective.
-    Returns (params, mu at them, _Step); params themselves, untouched, if no candidate has both.
+    measure(mu) -> (objective, divergence).  The step kept has divergence <= radius and a larger objective; if none
+    has, params come back as they are.  Returns (params, mu at them, the fields of UpdateInfo about the step).
     """
     sizes, n_rows = np.array(net.sizes), acts.size // sum(net.sizes)
     obs, mu = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), _outputs(net, params, acts)
-    step_dir, residual, cg_iters, status, curvature = _solve(  # E4, E5
+    step_dir, cg_residual, cg_iters, status, curvature = _solve(  # E4, E5
         params, grad, *_fisher(net, params, acts), config.damping, config.cg_iters, config.cg_tol
     )
-    step = _Step(curvature, 0.0, 0, cg_iters, residual, CG_STATUS[status])
-    if not 0 < curvature < np.inf:  # a zero gradient, or what status says
-        return params, mu, step
+    step = {"accepted": False, "step_length": 0.0, "backtracks": 0, "curvature": curvature}
+    step |= {"cg_iters": cg_iters, "cg_residual": cg_residual, "cg_status": CG_STATUS[status]}
+    if not grad.any():
+        return params, mu, step | {"reason": "zero gradient"}
+    if not 0 < curvature < np.inf:  # also where it is NaN
+        return params, mu, step | {"reason": f"no step: curvature {curvature}, {CG_STATUS[status]}"}
     objective_old, _ = measure(mu)
     longest = min(np.sqrt(2 * radius / curvature), longest)  # E6
     for j in range(config.max_backtracks):  # E7
@@ -778,9 +730,11 @@ def _trust_region_step(net, params, acts, grad, measure, radius, longest, config
         candidate = params + params.dtype.type(step_length) * step_dir
         mu_new = _outputs(net, candidate, _activations(candidate, sizes, obs))
         objective, divergence = measure(mu_new)
-        if divergence <= radius and objective > objective_old:  # False for NaN
-            return candidate, mu_new, step._replace(step_length=step_length, backtracks=j)
-    return params, mu, step._replace(backtracks=config.max_backtracks)
+        if divergence <= radius and objective > objective_old:  # neither is so for NaN
+            kept = {"accepted": True, "reason": "accepted", "step_length": float(step_length), "backtracks": j}
+            return candidate, mu_new, step | kept
+    reason = f"none of {config.max_backtracks} candidates was inside the trust region and better"
+    return params, mu, step | {"reason": reason, "backtracks": config.max_backtracks}
 
 
 def trpo_update(policy, theta, batch, config=Config()):
@@ -791,8 +745,8 @@ def trpo_update(policy, theta, batch, config=Config()):
     Raises ValueError, before any work, for wrong shapes, NaN or infinity, and if batch.mu_old is not theta's.
     """
     theta, batch = _check_batch(policy, theta, batch)
-    scale = np.abs(batch.adv).max() or 1.0  # the step is the same for any scale: this one cannot overflow
-    batch = batch._replace(adv=batch.adv / scale)
+    scale = float(np.abs(batch.adv).max()) or 1.0
+    batch = batch._replace(adv=batch.adv / scale)  # the step is the same; squares of the gradient cannot overflow
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     _check_mu_old(batch.mu_old, _outputs(policy, theta, acts))
 
@@ -801,32 +755,20 @@ def trpo_update(policy, theta, batch, config=Config()):
 
     grad = _surrogate_grad(policy, theta, acts, batch)  # E3
     with np.errstate(over="ignore", invalid="ignore"):  # a candidate that is not finite is refused, not an error
-        theta_new, mu, step = _trust_region_step(policy, theta, acts, grad, measure, config.max_kl, np.inf, config)
-
-    accepted = step.step_length > 0
-    if accepted:
-        reason = "accepted"
-    elif not grad.any():
-        reason = "zero gradient"
-    elif step.backtracks:
-        reason = f"none of {step.backtracks} backtracks had KL <= max_kl and a larger surrogate"
-    else:
-        reason = f"no curvature along the step (conjugate gradients: {step.cg_status})"
+        theta, mu, step = _trust_region_step(policy, theta, acts, grad, measure, config.max_kl, np.inf, config)  # E4-E7
     kl_rows = kl(policy, batch.mu_old, mu)
-    return theta_new, UpdateInfo(
-        accepted=accepted,
-        reason=reason,
+    return theta, UpdateInfo(
         surrogate=_surrogate(policy, mu, batch) * scale,
         surrogate_old=_surrogate(policy, batch.mu_old, batch) * scale,
         kl=float(kl_rows.mean()),
         kl_largest=float(kl_rows.max()),
         entropy=float(entropy(policy, mu).mean()),
         grad_norm=float(np.linalg.norm(grad)) * scale,
-        **step._replace(cg_residual=step.cg_residual * scale)._asdict(),
+        **step | {"cg_residual": step["cg_residual"] * scale},
     )
 
 
-# ====================================================================== E8, E9: advantages and the value function
+# ============================================================================ E8, E9: advantages and the value function
 @jit
 def _gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     adv = np.empty_like(values)
@@ -883,7 +825,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     return phi
 
 
-# ============================================================================================ running statistics
+# =================================================================================================== running statistics
 class RunningStats(NamedTuple):
     """Count, mean and sum of squared deviations of the rows seen so far.  Rows are not normalised at count 0."""
 
@@ -922,7 +864,7 @@ def normalize(stats, raw, dtype=np.float64):
     return out
 
 
-# ================================================================================================ spaces and environments
+# ============================================================================================== spaces and environments
 def make_policy(observation_space, action_space, hidden=(64, 64)):
     """The Policy for two Gymnasium spaces: any observations that flatten to a vector; Box, Discrete, MultiDiscrete or
     MultiBinary actions of any shape.  Raises ValueError that names the space for anything else."""
@@ -999,7 +941,7 @@ def _spec(envs):
     return envs.spec or (envs.get_attr("spec")[0] if hasattr(envs, "get_attr") else None)
 
 
-# ======================================================================================================== sampling
+# ============================================================================================================= sampling
 class Runner(NamedTuple):
     """Where the environments stand between rollouts."""
 
@@ -1063,9 +1005,9 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
     mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
     E, D, K, space = envs.num_envs, policy.sizes[0], n_outputs(policy), envs.single_observation_space
     raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
-    mu, actions = np.empty((n_steps, E, K), theta.dtype), _empty_actions(policy, theta.dtype, n_steps, E)
+    mu, (noise, actions) = np.empty((n_steps, E, K), theta.dtype), _draw(policy, rng, (n_steps, E), theta.dtype)
     rewards, discounted, flags = *np.empty((2, n_steps, E)), np.empty((3, n_steps, E), bool)
-    noise, sizes, nvec = _noise(policy, rng, n_steps, E), np.array(policy.sizes), np.array(policy.nvec, np.int64)
+    sizes, nvec = np.array(policy.sizes), np.array(policy.nvec, np.int64)
     log_std, acts = theta[_n_weights(policy) :], np.empty(E * sum(policy.sizes), theta.dtype)
     mean, inverse_std = obs_stats.mean, _inverse_std(obs_stats)
     current, resetting, running = runner.obs, runner.resetting, runner.discounted
@@ -1100,7 +1042,35 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
     return rollout, Runner(current, resetting, episode_return, episode_length, running)
 
 
-# ======================================================================================================== training
+# ============================================================================================================= settings
+def check_config(config):
+    """Raises ValueError where a field of config has the wrong type or is out of its interval."""
+    for name, hint in typing.get_type_hints(Config, include_extras=True).items():
+        kind, (interval, _) = hint.__origin__, hint.__metadata__
+        value, several = getattr(config, name), kind == tuple[int, ...]
+        if several and not isinstance(value, tuple):
+            raise ValueError(f"{name} must be a tuple of integers, got {value!r}")
+        for number in value if several else (value,):
+            _check_number(name, number, int if several else kind, interval)
+
+
+def _check_number(name, number, kind, interval):
+    if kind is str:
+        ok, expected = number in interval.split(), " or ".join(interval.split())
+    elif kind is bool:
+        ok, expected = isinstance(number, (bool, np.bool_)), "True or False"
+    else:
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+        ok = isinstance(number, numbers) and not isinstance(number, bool) and np.isfinite(number)
+        ok = ok and (number > low or (number == low and interval[0] == "["))
+        ok = ok and (number < high or (number == high and interval[-1] == "]"))
+        expected = f"{'an integer' if kind is int else 'a number'} in {interval}"
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {number!r}")
+
+
+# ============================================================================================================= training
 class TrainState(NamedTuple):
     """All that training carries from one update to the next, but for the environments themselves."""
 
@@ -1119,12 +1089,6 @@ class TrainState(NamedTuple):
     returns: tuple[float, ...] = ()  # raw returns of the last 100 episodes
     lengths: tuple[int, ...] = ()
     solved: bool = False
-
-
-def _generator(state):
-    rng = np.random.default_rng()
-    rng.bit_generator.state = state.rng_state
-    return rng
 
 
 def init_state(env, policy, config, seed):
@@ -1150,8 +1114,7 @@ def _advantages(state, rollout, rewards):
         return forward(state.value, state.phi, obs)[:, 0]
 
     values = V(rollout.obs.reshape(T * E, D)).reshape(T, E)
-    after = normalize(state.obs_stats, np.stack([*rollout.last_obs, *rollout.final_obs]), values.dtype)
-    after = V(after)
+    after = V(normalize(state.obs_stats, np.stack([*rollout.last_obs, *rollout.final_obs]), values.dtype))
     next_values = np.concatenate([values[1:], after[None, :E]])
     for (t, e), final_value in zip(rollout.final_at, after[E:], strict=True):
         next_values[t, e] = final_value
@@ -1176,21 +1139,22 @@ def learn(state, rollout):
     obs_stats = update_stats(state.obs_stats, rollout.raw_obs[real]) if config.normalize_obs else state.obs_stats
     variance = returns[real].var()
     explained = 1 - adv[real].var() / variance if variance > 0 else 0.0
-    episodes = zip(*rollout.episodes, strict=True) if rollout.episodes else ((), ())
-    returns_100, lengths_100 = (
-        (*old, *new)[-100:] for old, new in zip((state.returns, state.lengths), episodes, strict=True)
+    last_100 = [*zip(state.returns, state.lengths, strict=True), *rollout.episodes][-100:]
+    return (
+        state._replace(
+            theta=theta,
+            phi=phi,
+            obs_stats=obs_stats,
+            reward_stats=reward_stats,
+            steps=state.steps + int(real.sum()),
+            updates=state.updates + 1,
+            episodes=state.episodes + len(rollout.episodes),
+            returns=tuple(total for total, _ in last_100),
+            lengths=tuple(length for _, length in last_100),
+        ),
+        info,
+        float(explained),
     )
-    return state._replace(
-        theta=theta,
-        phi=phi,
-        obs_stats=obs_stats,
-        reward_stats=reward_stats,
-        steps=state.steps + int(real.sum()),
-        updates=state.updates + 1,
-        episodes=state.episodes + len(rollout.episodes),
-        returns=returns_100,
-        lengths=lengths_100,
-    ), info, float(explained)
 
 
 def train(env, config=Config(), *, seed=0, callback=None):
@@ -1209,14 +1173,13 @@ def train(env, config=Config(), *, seed=0, callback=None):
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
     stop = False
     try:
-        rng = _generator(state)
+        rng = np.random.default_rng()
+        rng.bit_generator.state = state.rng_state
         runner = _first_runner(envs, int(rng.integers(2**31)))
         while not stop and not state.solved and state.steps < config.total_steps:
             n_steps = min(config.rollout_steps, config.total_steps - state.steps)
             n_steps = -(-n_steps // envs.num_envs)
-            rollout, runner = collect(
-                envs, policy, state.theta, state.obs_stats, runner, rng, n_steps, config.gamma
-            )
+            rollout, runner = collect(envs, policy, state.theta, state.obs_stats, runner, rng, n_steps, config.gamma)
             if not rollout.real.any():  # a rollout of one step, in which every environment was reset
                 continue
             state, info, explained = learn(state._replace(rng_state=rng.bit_generator.state), rollout)
@@ -1232,7 +1195,7 @@ def train(env, config=Config(), *, seed=0, callback=None):
     return state
 
 
-# ============================================================================================= using what was trained
+# =============================================================================================== using what was trained
 def act(policy, theta, obs, obs_stats=None, rng=None):
     """The environment's actions for flat raw observations, one (D,) or a batch (N, D): the most likely ones, or
     sampled if rng is given.  obs_stats: those that theta was trained with, TrainState.obs_stats."""
@@ -1306,7 +1269,7 @@ def _tuples(mapping):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in mapping.items()}
 
 
-# ==================================================================================================== command line
+# ========================================================================================================= command line
 def _integer(text):
     """int(text), and 1e6 too."""
     return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)

@@ -1,0 +1,250 @@
+"""Every number that the README shows, each by one sub-command.
+
+    OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python bench.py fvp       the Fisher-vector product
+    python bench.py learn CartPole-v1 --seeds 20                        learning, a row a seed, appended to results/
+
+Each sub-command checks first that what it compares gives the same numbers.  Times are medians of --repeats calls in
+this process, with the spread from the first to the third quartile.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numba
+import numpy as np
+import scipy
+
+import trpo_min as tm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine():
+    """One line: processor, threads, versions, date."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    blas = os.environ.get("OPENBLAS_NUM_THREADS", "not set")
+    return (
+        f"{name}, {os.cpu_count()} cores; Numba threads {numba.get_num_threads()}, BLAS threads {blas}; "
+        f"Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}, "
+        f"SciPy {scipy.__version__}; {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def timed(function, repeats):
+    """Median and quartiles of the seconds that function takes."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return np.percentile(seconds, [50, 25, 75])
+
+
+def milliseconds(quantiles):
+    return f"{quantiles[0] * 1e3:9.3f} ({quantiles[1] * 1e3:.3f}-{quantiles[2] * 1e3:.3f})"
+
+
+# ======================================================================================== the Fisher-vector product
+def layers(policy, theta):
+    at = 0
+    for m, n in zip(policy.sizes, policy.sizes[1:], strict=False):
+        yield theta[at : at + m * n].reshape(m, n), theta[at + m * n : at + m * n + n]
+        at += (m + 1) * n
+
+
+def numpy_activations(policy, theta, obs):
+    acts = [obs]
+    weights = list(layers(policy, theta))
+    for i, (W, b) in enumerate(weights):
+        z = acts[-1] @ W + b
+        acts.append(np.tanh(z) if i < len(weights) - 1 else z)
+    return acts
+
+
+def numpy_fvp(policy, theta, acts, v):
+    """F v of a Gaussian head on whole-batch arrays: what a careful NumPy program would do."""
+    weights, moves = list(layers(policy, theta)), list(layers(policy, v))
+    n_rows, last, dh = len(acts[0]), len(weights) - 1, None
+    for i, ((W, _), (dW, db)) in enumerate(zip(weights, moves, strict=True)):
+        dz = acts[i] @ dW + db + (0 if dh is None else dh @ W)
+        dh = dz * (1 - acts[i + 1] ** 2) if i < last else dz
+    log_std = theta[-policy.sizes[-1] :]
+    u, out = dh * np.exp(-2 * log_std) / n_rows, [2 * v[-policy.sizes[-1] :]]
+    for i in range(last, -1, -1):
+        out += [u.sum(axis=0), (acts[i].T @ u).ravel()]
+        u = (u @ weights[i][0].T) * (1 - acts[i] ** 2) if i else None
+    return np.concatenate(out[::-1])
+
+
+def score_rows(policy, theta, acts, actions):
+    """The score of every row (N, P): what the empirical form stores."""
+    weights, n = list(layers(policy, theta)), policy.sizes[-1]
+    log_std = theta[-n:]
+    z = (actions - acts[-1]) * np.exp(-log_std)
+    u, parts = z * np.exp(-log_std), [z * z - 1]
+    for i in range(len(weights) - 1, -1, -1):
+        parts += [u, (acts[i][:, :, None] * u[:, None, :]).reshape(len(u), -1)]
+        u = (u @ weights[i][0].T) * (1 - acts[i] ** 2)
+    return np.concatenate(parts[::-1], axis=1)
+
+
+def dense_fisher(policy, theta, obs):
+    """F (P, P), a column a product."""
+    return np.stack([tm.fvp(policy, theta, obs, e) for e in np.eye(len(theta))], axis=1)
+
+
+def fisher_case(sizes, n_rows, dtype):
+    rng, policy = np.random.default_rng(0), tm.Policy(sizes, "gaussian")
+    theta = tm.init_params(policy, rng, dtype)
+    theta += 0.1 * rng.standard_normal(len(theta)).astype(dtype)
+    obs, v = rng.standard_normal((n_rows, sizes[0])).astype(dtype), rng.standard_normal(len(theta)).astype(dtype)
+    return policy, theta, obs, v, rng
+
+
+def kernel(policy, theta, obs):
+    """F v alone on cached activations, as inside conjugate gradients."""
+    acts = tm._activations(theta, np.array(policy.sizes), obs)
+    fisher = tm._fisher(policy, theta, acts)
+    return lambda v: tm._fvp(theta, v, *fisher, 0.0)
+
+
+def compile_seconds():
+    """From the first call of F v to its result, in a process of its own with an empty Numba cache."""
+    script = (
+        "import bench, numpy as np, time; policy, theta, obs, v, _ = bench.fisher_case((3, 4, 2), 5, np.float64); "
+        "start = time.perf_counter(); bench.kernel(policy, theta, obs)(v); print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "NUMBA_CACHE_DIR": cache}
+        here = Path(__file__).parent
+        return float(subprocess.run([sys.executable, "-c", script], env=env, cwd=here, capture_output=True).stdout)
+
+
+def fvp(args):
+    """Parity, compile time, then F v against whole-batch NumPy, the empirical form and the dense matrix."""
+    print(machine())
+    policy, theta, obs, v, rng = fisher_case((4, 8, 2), 200, np.float64)
+    exact = tm.fvp(policy, theta, obs, v)
+    acts = numpy_activations(policy, theta, obs)
+    S = score_rows(policy, theta, acts, tm.sample(policy, tm.forward(policy, theta, obs), rng))
+    print("\nparity, largest relative difference from F v on 4-8-2, 200 rows:")
+    print(f"  whole-batch NumPy {np.abs(numpy_fvp(policy, theta, acts, v) - exact).max() / np.abs(exact).max():.1e}")
+    print(f"  dense matrix      {np.abs(dense_fisher(policy, theta, obs) @ v - exact).max() / np.abs(exact).max():.1e}")
+    many = np.repeat(obs, 500, axis=0)
+    acts = numpy_activations(policy, theta, many)
+    S = score_rows(policy, theta, acts, tm.sample(policy, tm.forward(policy, theta, many), rng))
+    error = np.abs(S.T @ (S @ v) / len(many) - exact).max() / np.abs(exact).max()
+    print(f"  empirical form    {error:.1e} from 500 actions a state: it is an estimate, 1/sqrt(actions)")
+
+    print(f"\ncompiling F v in a new process with an empty cache: {compile_seconds():.1f} s")
+
+    print("\nF v, milliseconds, median (quartiles); the network 11-64-64-3 of Hopper, 5,123 parameters")
+    print("  rows   type     ours                     whole-batch NumPy        ratio   empirical, stored scores")
+    for n_rows in (512, 2048) if args.quick else (512, 2048, 16384):
+        for dtype in (np.float64, np.float32):
+            policy, theta, obs, v, rng = fisher_case((11, 64, 64, 3), n_rows, dtype)
+            product, acts = kernel(policy, theta, obs), numpy_activations(policy, theta, obs)
+            ours = timed(lambda product=product, v=v: product(v), args.repeats)
+            whole = timed(lambda p=policy, t=theta, a=acts, v=v: numpy_fvp(p, t, a, v), args.repeats)
+            stored = "-" * 5
+            if n_rows <= 2048:
+                S = score_rows(policy, theta, acts, tm.sample(policy, tm.forward(policy, theta, obs), rng))
+                stored = milliseconds(timed(lambda S=S, v=v: S.T @ (S @ v) / len(S), args.repeats))
+            ratio = whole[0] / ours[0]
+            print(
+                f"{n_rows:6} {np.dtype(dtype).name}  {milliseconds(ours):24} {milliseconds(whole):24} "
+                f"{ratio:5.2f}x  {stored}"
+            )
+
+    print("\ngrowth with the number of parameters P, float64, 512 rows: 11-H-H-3")
+    print("     H        P   ours ms   per 1000 P   dense F v ms   per P^2 x 1e-6   dense F, MB   forming F, s")
+    points = []
+    for hidden in (8, 16, 32) if args.quick else (8, 16, 32, 64, 128, 256):
+        policy, theta, obs, v, _ = fisher_case((11, hidden, hidden, 3), 512, np.float64)
+        P = len(theta)
+        ours = timed(lambda f=kernel(policy, theta, obs), v=v: f(v), args.repeats)[0]
+        dense = forming = np.nan
+        if P <= 6000:
+            start = time.perf_counter()
+            F = dense_fisher(policy, theta, obs)
+            forming = time.perf_counter() - start
+            dense = timed(lambda F=F, v=v: F @ v, args.repeats)[0]
+        points.append((P, ours, dense))
+        print(
+            f"{hidden:6} {P:8,} {ours * 1e3:9.3f} {ours * 1e6 / P:12.4f} {dense * 1e3:14.3f} "
+            f"{dense * 1e9 / P**2:16.3f} {P * P * 8 / 1e6:13.1f} {forming:14.2f}"
+        )
+    P, ours, dense = np.log(np.array(points)).T
+    known = np.isfinite(dense)
+    print(f"log-log slope against P: ours {np.polyfit(P[-3:], ours[-3:], 1)[0]:.2f} over the last three, ", end="")
+    print(f"dense {np.polyfit(P[known][-2:], dense[known][-2:], 1)[0]:.2f} over the last two")
+
+
+# ============================================================================================================ learning
+def learn(args):
+    """Train once a seed and append a row each; then the mean and the spread over the seeds."""
+    RESULTS.mkdir(exist_ok=True)
+    path, rows = args.out or RESULTS / "learn.csv", []
+    config = tm.Config(total_steps=args.total_steps, stop_when_solved=args.stop_when_solved)
+    for seed in range(args.seeds):
+        start = time.perf_counter()
+        state = tm.train(args.env, config, seed=seed)
+        row = {
+            "env": args.env,
+            "seed": seed,
+            "steps": state.steps,
+            "episodes": state.episodes,
+            "solved": state.solved,
+            "return": round(float(np.mean(state.returns)), 2),
+            "seconds": round(time.perf_counter() - start, 1),
+            "config": " ".join(f"{k}={v}" for k, v in config._asdict().items()),
+            "versions": machine(),
+        }
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        rows.append(row)
+        print(
+            f"{args.env} seed {seed}: return {row['return']} after {row['steps']:,} steps, {row['seconds']} s",
+            flush=True,
+        )
+    returns, steps = ([row[k] for row in rows] for k in ("return", "steps"))
+    solved = sum(row["solved"] for row in rows)
+    spread = np.std(returns, ddof=1) if len(rows) > 1 else np.nan
+    print(f"{args.env}: last 100 episodes {np.mean(returns):.1f} +- {spread:.1f} (n={len(rows)}, min {min(returns)})")
+    print(f"  solved {solved}/{len(rows)}; steps: median {np.median(steps):,.0f}, largest {max(steps):,}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("fvp", help=fvp.__doc__)
+    command.add_argument("--repeats", type=int, default=51, help="calls that a median is taken of (default: 51)")
+    command.add_argument("--quick", action="store_true", help="smaller sizes, under a minute")
+    command.set_defaults(run=fvp)
+    command = commands.add_parser("learn", help=learn.__doc__)
+    command.add_argument("env", help="Gymnasium id")
+    command.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
+    command.add_argument("--total-steps", type=int, default=200_000, help="environment steps (default: 200,000)")
+    command.add_argument("--stop-when-solved", action="store_true", help="stop at the reward threshold")
+    command.add_argument("--out", type=Path, help="CSV to append to (default: results/learn.csv)")
+    command.set_defaults(run=learn)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
