@@ -55,7 +55,7 @@ class Config(NamedTuple):
 
     hidden: Annotated[tuple[int, ...], "[1, inf)", "widths of the hidden layers of both networks, units"] = (64, 64)
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
-    num_envs: Annotated[int, "[1, inf)", "environments stepped together"] = 8
+    num_envs: Annotated[int, "[1, inf)", "environments stepped together"] = 4
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments"] = 1024
     gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.99
     lam: Annotated[float, "[0, 1]", "lambda of the advantage estimator: 0 TD error, 1 Monte Carlo"] = 0.95
@@ -65,7 +65,7 @@ class Config(NamedTuple):
     cg_tol: Annotated[float, "[0, 1)", "stop at this residual relative to the right-hand side"] = 1e-10
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
-    value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 3
+    value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 5
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.1
     normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
     normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
@@ -1029,7 +1029,7 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
         if ended.any():
             for e in np.flatnonzero(ended):
                 same_step = mode == AutoresetMode.SAME_STEP
-                final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else current[e])
+                final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else current[e].copy())
                 final_at.append((t, e))
                 episodes.append((float(episode_return[e]), int(episode_length[e])))
             episode_return[ended], episode_length[ended], running = 0, 0, np.where(ended, 0, running)
