@@ -1326,26 +1326,25 @@ def _describe(space):
 
 def _header(envs, name, config, seed):
     policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
-    value = _value_network(policy)
-    policy_sizes, value_sizes = ("-".join(map(str, net.sizes)) for net in (policy, value))
+    policy_sizes, value_sizes = ("-".join(map(str, net.sizes)) for net in (policy, _value_network(policy)))
     return (
         f"{name}: observations {_describe(envs.single_observation_space)}, "
         f"actions {_describe(envs.single_action_space)}\n"
-        f"policy {policy_sizes} ({n_params(policy):,} parameters, {policy.head}), "
-        f"value function {value_sizes} ({n_params(value):,})\n"
+        f"policy {policy_sizes} ({policy.head}, {n_params(policy):,} parameters), value {value_sizes}\n"
         f"at most {config.total_steps:,} steps in {envs.num_envs} environments, {config.dtype}, seed {seed}"
     )
 
 
 def _progress_printer():
     """A callback for train that prints a line an update; on a terminal, over the one before."""
-    start, end = time.perf_counter(), "\r" if sys.stdout.isatty() else "\n"
+    end, last = "\r" if sys.stdout.isatty() else "\n", [time.perf_counter(), 0]
 
     def report(state, info, explained):
-        returns, rate = state.returns or (np.nan,), state.steps / (time.perf_counter() - start)
+        now, returns = time.perf_counter(), state.returns or (np.nan,)
+        rate, last[:] = (state.steps - last[1]) / (now - last[0]), (now, state.steps)
         print(
-            f"{state.steps:>9,} steps  return {np.mean(returns):8.1f}  KL {info.kl:.4f}  "
-            f"entropy {info.entropy:5.2f}  V explains {explained:4.0%}  {rate:6,.0f}/s",
+            f"{state.steps:9,} steps  return {np.mean(returns):8.1f}  KL {info.kl:.4f}  "
+            f"entropy {info.entropy:5.2f}  EV {explained:5.2f}  {rate:6,.0f}/s",
             end=end,
             flush=True,
         )
