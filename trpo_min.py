@@ -25,28 +25,66 @@ P parameters of the policy, Q of the value function, T time steps, E environment
 """
 
 import argparse
+import contextlib
+import ctypes
 import difflib
+import functools
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
 import typing
-import zipfile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numba
 import numpy as np
+import scipy.linalg
 
 __version__ = "0.1.0"
 
-# "numpy": a division by zero gives inf or NaN, which the callers look for, and does not block vectorization
-jit = numba.njit(cache=True, nogil=True, error_model="numpy")
-# prange and nothing else: turning array expressions into parallel loops too would triple the time to compile
+# parallel: prange and nothing else, as turning array expressions into parallel loops too triples the time to compile
 _ARRAY_LOOPS = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
 _PRANGE_ONLY = dict.fromkeys(_ARRAY_LOOPS, False) | {"prange": True}
-parallel_jit = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=_PRANGE_ONLY)
+
+
+def jit(function, parallel=False):
+    """Compiled; cached on disk, or compiled anew by each process where Numba finds no folder it may write to."""
+    # "numpy": a division by zero gives inf or NaN, which the callers look for, and does not block vectorization
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
+
+
+parallel_jit = functools.partial(jit, parallel=_PRANGE_ONLY)
+
+
+@functools.cache
+def _openblas():
+    """Get and set the threads of SciPy's OpenBLAS, which compiled products run on; no-ops where it has another BLAS."""
+    root = Path(scipy.__file__).parent
+    for path in (*root.parent.glob("scipy.libs/*openblas*"), *root.glob(".dylibs/*openblas*")):
+        library = ctypes.CDLL(str(path))
+        for prefix in ("scipy_openblas", "openblas"):
+            if hasattr(library, f"{prefix}_set_num_threads"):
+                return getattr(library, f"{prefix}_get_num_threads"), getattr(library, f"{prefix}_set_num_threads")
+    return (lambda: 1), (lambda _: None)
+
+
+@contextlib.contextmanager
+def _one_blas_thread():
+    """For the length of a call: products split over threads of their own would round differently, and be in our way."""
+    get_threads, set_threads = _openblas()
+    before = get_threads()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
 
 
 # ================================================================================================ what is passed around
@@ -73,18 +111,21 @@ class Config(NamedTuple):
     dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
 
 
+_FIELDS = typing.get_type_hints(Config, include_extras=True)
+
+
 class Policy(NamedTuple):
     """Static, hashable description of a network and its head.
 
     sizes: widths (D, hidden ..., outputs).  head: "gaussian" (mean from the network, log_std a free vector),
     "categorical" (a product of categoricals with nvec[i] choices each) or "value" (one number, unit metric).
-    start: value of the first choice per categorical; low, high: bounds the environment's copy is clipped to.
+    The rest says how an environment wants its actions: shape (None: (A,)), type, first choices, bounds.
     """
 
     sizes: tuple[int, ...]
     head: str
     nvec: tuple[int, ...] = ()
-    action_shape: tuple[int, ...] = ()
+    action_shape: tuple[int, ...] | None = None
     action_dtype: str = "float64"
     start: tuple[int, ...] = ()
     low: tuple[float, ...] = ()
@@ -166,7 +207,18 @@ def _finite(name, array, shape, dtype=None):
     return array
 
 
+def _check_policy(policy):
+    sizes = policy.sizes
+    if policy.head not in ("gaussian", "categorical", "value"):
+        raise ValueError(f"head must be gaussian, categorical or value, got {policy.head!r}")
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"sizes must be two or more positive widths (D, hidden ..., outputs), got {sizes}")
+    if sum(policy.nvec) != (sizes[-1] if policy.head == "categorical" else 0) or min(policy.nvec, default=1) < 1:
+        raise ValueError(f"nvec must be positive and add up to the outputs of a categorical head, got {policy}")
+
+
 def _check_inputs(policy, theta, obs):
+    _check_policy(policy)
     theta = _finite("theta", theta, (n_params(policy),))
     return theta, _finite("obs", obs, (None, policy.sizes[0]), theta.dtype)
 
@@ -181,8 +233,9 @@ def _check_batch(policy, theta, batch):
         actions, shape = np.ascontiguousarray(batch.actions), (n, len(policy.nvec))
         if actions.shape != shape or actions.dtype.kind not in "iu":
             raise ValueError(f"actions must be integers of shape {shape}, got {actions.dtype} of shape {actions.shape}")
-        if ((actions < 0) | (actions >= policy.nvec)).any():
-            raise ValueError(f"actions must be choices from 0 to below nvec={policy.nvec}, got {actions.max()}")
+        wrong = (actions < 0) | (actions >= policy.nvec)
+        if wrong.any():
+            raise ValueError(f"actions must be choices from 0 to below nvec={policy.nvec}, got {actions[wrong][0]}")
     adv = _finite("adv", batch.adv, (n,), dtype)
     mu_old = _finite("mu_old", batch.mu_old, (n, n_outputs(policy)), dtype)
     weights = _finite("weights", batch.weights, (n,) if np.ndim(batch.weights) else (), dtype)
@@ -194,6 +247,33 @@ def _check_mu_old(mu_old, mu):
     far, tolerance = np.abs(mu_old - mu).max(), np.sqrt(np.finfo(mu.dtype).eps) * max(1.0, np.abs(mu).max())
     if not far <= tolerance:
         raise ValueError(f"mu_old must be forward(policy, theta, obs), the policy that sampled; it is {far:.3g} away")
+
+
+def check_config(config):
+    """Raises ValueError where a field of config has the wrong type or is out of its interval."""
+    for name, hint in _FIELDS.items():
+        kind, (interval, _) = hint.__origin__, hint.__metadata__
+        value, several = getattr(config, name), kind == tuple[int, ...]
+        if several and not isinstance(value, tuple):
+            raise ValueError(f"{name} must be a tuple of integers, got {value!r}")
+        for number in value if several else (value,):
+            _check_number(name, number, int if several else kind, interval)
+
+
+def _check_number(name, number, kind, interval):
+    if kind is str:
+        ok, expected = number in interval.split(), " or ".join(interval.split())
+    elif kind is bool:
+        ok, expected = isinstance(number, (bool, np.bool_)), "True or False"
+    else:
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+        ok = isinstance(number, numbers) and not isinstance(number, bool) and np.isfinite(number)
+        ok = ok and (number > low or (number == low and interval[0] == "["))
+        ok = ok and (number < high or (number == high and interval[-1] == "]"))
+        expected = f"{'an integer' if kind is int else 'a number'} in {interval}"
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {number!r}")
 
 
 # ========================================================================================================= policy heads
@@ -303,7 +383,7 @@ def fisher_metric(policy, mu, dmu):
 
     Gaussian: dmean / sigma^2 and 2 dlog_std; categorical: p dmu - p (p . dmu); value: dmu.  Never negative.
     """
-    du = np.array(dmu, mu.dtype, order="C")
+    du = _finite("dmu", dmu, mu.shape, mu.dtype).copy()
     _metric_block(_metric_diagonal(policy, mu), np.array(policy.nvec, np.int64), du, 0, len(du))
     return du
 
@@ -347,6 +427,7 @@ def _draw(policy, rng, shape, dtype):
 
 def sample(policy, mu, rng):
     """Actions (N, A) drawn from pi_mu: floats (not clipped), or choices counted from 0."""
+    mu = _finite("mu", mu, (None, n_outputs(policy)))
     noise, actions = _draw(policy, rng, mu.shape[:1], mu.dtype)
     _sample_rows(mu, np.array(policy.nvec, np.int64), noise, actions)
     return actions
@@ -355,7 +436,7 @@ def sample(policy, mu, rng):
 # ==================================================================================== network: forward, J v, J^T u, F v
 # theta holds W (m, n) and b (n,) of each layer in turn, then log_std (A,) for a Gaussian head.  acts holds obs, the
 # tanh outputs of each hidden layer and the network's outputs, layer after layer, rows in order: N * sum(sizes) numbers.
-BLOCK = 64  # rows per block: it stays in the first caches, and BLAS runs products this small on the calling thread
+BLOCK = 64  # rows per block: few enough to stay in the first caches, many enough for products near their full speed
 
 
 @jit
@@ -572,7 +653,10 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
     rr = _dot(r, r)
     stop, n_iter, status = tol * tol * rr, 0, ITERATION_LIMIT
     while rr > stop and n_iter < max_iter and status == ITERATION_LIMIT:
-        rr, status = _cg_step(x, r, p, np.asarray(matvec(p), b.dtype), rr)
+        Ap = np.asarray(matvec(p), b.dtype)
+        if Ap.shape != b.shape:
+            raise ValueError(f"matvec(p) must have the shape of p, {b.shape}, got {Ap.shape}")
+        rr, status = _cg_step(x, r, p, Ap, rr)
         n_iter += status == ITERATION_LIMIT
     status = CONVERGED if rr <= stop else status
     return CGResult(x * scale, float(np.sqrt(rr)) * float(scale), n_iter, CG_STATUS[status])
@@ -611,16 +695,18 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
 
 
 # =========================================================================== the policy as a function of its parameters
+@_one_blas_thread()
 def init_params(policy, rng, dtype=np.float64):
     """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0, log_std 0 (sigma = 1).
 
     Orthogonal: Saxe et al. 2014.  A small last layer makes the first policy the same in every state.
     """
+    _check_policy(policy)
     theta = np.zeros(n_params(policy), dtype)
     sizes = np.array(policy.sizes)
     for layer in range(len(sizes) - 1):
         W, _ = _layer(theta, sizes, layer)
-        q, r = np.linalg.qr(rng.standard_normal((max(W.shape), min(W.shape))))
+        q, r = scipy.linalg.qr(rng.standard_normal((max(W.shape), min(W.shape))), mode="economic")
         q *= np.sign(np.diag(r))  # makes q uniform over the orthogonal matrices
         W[:] = (q if W.shape[0] >= W.shape[1] else q.T) * (0.01 if layer == len(sizes) - 2 else 1.0)
     return theta
@@ -635,12 +721,14 @@ def _outputs(policy, theta, acts):
     return np.concatenate([out, np.broadcast_to(theta[-policy.sizes[-1] :], out.shape)], axis=1)
 
 
+@_one_blas_thread()
 def forward(policy, theta, obs):
     """Head outputs mu (N, K) for obs (N, D).  Raises ValueError where shapes do not fit or numbers are not finite."""
     theta, obs = _check_inputs(policy, theta, obs)
     return _outputs(policy, theta, _activations(theta, np.array(policy.sizes), obs))
 
 
+@_one_blas_thread()
 def jvp(policy, theta, obs, v):
     """J v (N, K): the derivative of mu at theta along v (P,)."""
     theta, obs = _check_inputs(policy, theta, obs)
@@ -652,6 +740,7 @@ def jvp(policy, theta, obs, v):
     return _outputs(policy, v, dacts)
 
 
+@_one_blas_thread()
 def vjp(policy, theta, obs, u):
     """J^T u (P,): the gradient in theta of the sum over rows of mu . u, for u (N, K).  Adjoint of jvp."""
     theta, obs = _check_inputs(policy, theta, obs)
@@ -668,6 +757,7 @@ def _vjp(policy, theta, acts, u):
     return grad
 
 
+@_one_blas_thread()
 def fvp(policy, theta, obs, v, damping=0.0):
     """F v + damping v (P,), F v = mean_n J_n^T M_n J_n v, E4: the Hessian of D(theta, .) at theta times v.
 
@@ -706,6 +796,7 @@ def _surrogate_grad(policy, theta, acts, batch):
     return _vjp(policy, theta, acts, score(policy, mu, batch.actions) * per_row[:, None])
 
 
+@_one_blas_thread()
 def surrogate_grad(policy, theta, batch):
     """grad L (P,) at theta: mean_n J_n^T score_n w_n ratio_n A_n; E3 where theta is old and every ratio is 1."""
     theta, batch = _check_batch(policy, theta, batch)
@@ -743,6 +834,7 @@ def _trust_region_step(net, params, acts, grad, measure, radius, longest, config
     return params, mu, step | {"reason": reason, "backtracks": config.max_backtracks}
 
 
+@_one_blas_thread()
 def trpo_update(policy, theta, batch, config=Config()):
     """One trust-region step, E1 to E7: returns (theta, UpdateInfo); a pure function of its arguments.
 
@@ -750,8 +842,9 @@ def trpo_update(policy, theta, batch, config=Config()):
     bitwise the old one where no backtrack has both.  The step does not depend on the scale of the advantages.
     Raises ValueError, before any work, for wrong shapes, NaN or infinity, and if batch.mu_old is not theta's.
     """
+    check_config(config)
     theta, batch = _check_batch(policy, theta, batch)
-    scale = float(np.abs(batch.adv).max()) or 1.0
+    scale = float(np.abs(batch.weights * batch.adv).max()) or 1.0
     batch = batch._replace(adv=batch.adv / scale)  # the step is the same; squares of the gradient cannot overflow
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
@@ -810,6 +903,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     return adv, adv + values
 
 
+@_one_blas_thread()
 def fit_value(value, phi, obs, returns, config=Config()):
     """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
 
@@ -818,6 +912,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     would exceed value_kl times the mean squared error, and kept only if that error falls.  No learning rate, no
     minibatches, no random numbers.
     """
+    check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
     returns = _finite("returns", returns, (len(obs),), phi.dtype)[:, None]
     for _ in range(config.value_iters):
@@ -854,21 +949,27 @@ def _inverse_std(stats):
     return 1 / np.sqrt(stats.m2 / stats.count + 1e-8) if stats.count else np.ones_like(stats.mean)
 
 
+def _normalizer(stats):
+    """mean, 1 / std and the cut at 10 deviations; what leaves rows as they are while there are no statistics."""
+    return stats.mean, _inverse_std(stats), 10.0 if stats.count else np.inf
+
+
 @jit
-def _normalize_rows(raw, mean, inverse_std, out):
-    """out <- (raw - mean) / std, cut at +-10; whether raw was finite throughout."""
+def _normalize_rows(raw, mean, inverse_std, limit, out):
+    """out <- (raw - mean) / std, cut at +-limit; whether raw was finite throughout."""
     finite = True
     for i in range(raw.shape[0]):
         for k in range(raw.shape[1]):
             finite &= np.isfinite(raw[i, k])
-            out[i, k] = min(max((raw[i, k] - mean[k]) * inverse_std[k], -10.0), 10.0)
+            out[i, k] = min(max((raw[i, k] - mean[k]) * inverse_std[k], -limit), limit)
     return finite
 
 
 def normalize(stats, raw, dtype=np.float64):
-    """Observations (N, D) as the networks see them; raw itself while stats is empty."""
+    """Observations (N, D) as the networks see them, at most 10 deviations from 0; raw itself while stats is empty."""
+    raw = _finite("obs", raw, (None, len(stats.mean)), np.float64)
     out = np.empty(raw.shape, dtype)
-    _normalize_rows(raw, stats.mean, _inverse_std(stats), out)
+    _normalize_rows(raw, *_normalizer(stats), out)
     return out
 
 
@@ -908,11 +1009,12 @@ def _env_actions(policy, actions):
     """The environment's copy of actions (N, A): clipped to the bounds, or counted from start; shape and dtype of its
     space.  What is learned from stays as it was sampled."""
     if policy.head == "gaussian":
-        actions = np.clip(actions, policy.low, policy.high)
+        actions = np.clip(actions, policy.low or -np.inf, policy.high or np.inf)
         actions = np.rint(actions) if policy.action_dtype.startswith(("int", "uint")) else actions
     else:
-        actions = actions + np.array(policy.start)
-    return actions.reshape(-1, *policy.action_shape).astype(policy.action_dtype)
+        actions = actions + np.array(policy.start or 0)
+    shape = actions.shape[1:] if policy.action_shape is None else policy.action_shape
+    return actions.reshape(-1, *shape).astype(policy.action_dtype)
 
 
 def flatten_obs(space, obs, n):
@@ -927,21 +1029,19 @@ def flatten_obs(space, obs, n):
 
 
 def _make_envs(env, config):
-    """env (an id, a gym.Env, a VectorEnv, or a callable that makes one) as a VectorEnv."""
+    """env (an id, a gym.Env, a VectorEnv, or a callable that makes one) as a VectorEnv; whether it was made here."""
     import gymnasium as gym
     from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
+    make, given = (lambda: gym.make(env)) if isinstance(env, str) else env, isinstance(env, (gym.Env, VectorEnv))
     try:
-        if isinstance(env, str):
-            first, make = gym.make(env), lambda: gym.make(env)
-        else:
-            first, make = (env, None) if isinstance(env, (gym.Env, VectorEnv)) else (env(), env)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+        first = env if given else make()
+    except (gym.error.Error, ImportError) as error:
         raise ValueError(f"cannot make the environment {env}: {str(error).rstrip('.')}") from error
     if isinstance(first, VectorEnv):
-        return first
-    others = [make] * (config.num_envs - 1) if make else []
-    return SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.SAME_STEP)
+        return first, not given
+    others = [] if given else [make] * (config.num_envs - 1)
+    return SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.SAME_STEP), not given
 
 
 def _spec(envs):
@@ -973,16 +1073,16 @@ class Rollout(NamedTuple):
     real: np.ndarray  # (T, E)
     discounted: np.ndarray  # (T, E) as in Runner; its deviation is the scale of the rewards
     last_obs: np.ndarray  # (E, D) raw, after the last step
-    final_at: list  # (t, e) of each episode's end
-    final_obs: list  # (D,) raw, that each ended with: what a truncated row bootstraps from
-    episodes: list  # (return, length) of each
+    final_at: list  # (t, e) of each row that was truncated and not terminated
+    final_obs: list  # (D,) raw, the last observation of each: what the row bootstraps from
+    episodes: list  # (return, length) of each episode that ended
 
 
 @jit
-def _act_rows(theta, sizes, nvec, log_std, raw, mean, inverse_std, noise, acts, obs, mu, actions):
+def _act_rows(theta, sizes, nvec, log_std, raw, mean, inverse_std, limit, noise, acts, obs, mu, actions):
     """One vector step of the policy in one compiled call: normalise, forward, sample.  Whether raw was finite."""
     n_rows, n_out = raw.shape[0], sizes[sizes.size - 1]
-    finite = _normalize_rows(raw, mean, inverse_std, obs)
+    finite = _normalize_rows(raw, mean, inverse_std, limit, obs)
     _copy(obs, _rows(acts, sizes, 0, 0, n_rows))
     for i in range(0, n_rows, BLOCK):
         _forward_block(theta, sizes, acts, i, min(i + BLOCK, n_rows))
@@ -1001,6 +1101,12 @@ def _first_runner(envs, seed):
     return Runner(obs, np.zeros(n, bool), zeros, np.zeros(n, np.int64), zeros)
 
 
+def _check_observed(finite, obs):
+    if not finite:
+        raise ValueError(f"the environment returned an observation with NaN or infinity: {obs}")
+
+
+@_one_blas_thread()
 def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
     """n_steps of every environment under theta, from where runner stands: returns (Rollout, Runner).
 
@@ -1017,16 +1123,16 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
     rewards, discounted, flags = *np.empty((2, n_steps, E)), np.empty((3, n_steps, E), bool)
     sizes, nvec = np.array(policy.sizes), np.array(policy.nvec, np.int64)
     log_std, acts = theta[_n_weights(policy) :], np.empty(E * sum(policy.sizes), theta.dtype)
-    mean, inverse_std = obs_stats.mean, _inverse_std(obs_stats)
+    normalizer = _normalizer(obs_stats)
     current, resetting, running = runner.obs, runner.resetting, runner.discounted
     episode_return, episode_length = runner.episode_return.copy(), runner.episode_length.copy()
     final_at, final_obs, episodes = [], [], []
     for t in range(n_steps):
         raw_obs[t] = current
-        if not _act_rows(
-            theta, sizes, nvec, log_std, raw_obs[t], mean, inverse_std, noise[t], acts, obs[t], mu[t], actions[t]
-        ):
-            raise ValueError(f"the environment returned an observation with NaN or infinity: {current}")
+        finite = _act_rows(
+            theta, sizes, nvec, log_std, raw_obs[t], *normalizer, noise[t], acts, obs[t], mu[t], actions[t]
+        )
+        _check_observed(finite, current)
         current, rewards[t], terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
         current = flatten_obs(space, current, E)
         flags[:, t] = terminated, truncated, ~resetting
@@ -1035,47 +1141,21 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
         episode_length += ~resetting
         ended = terminated | truncated
         if ended.any():
-            for e in np.flatnonzero(ended):
+            episodes += zip(episode_return[ended].tolist(), episode_length[ended].tolist(), strict=True)
+            for e in np.flatnonzero(truncated & ~terminated):
                 same_step = mode == AutoresetMode.SAME_STEP
-                final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else current[e].copy())
                 final_at.append((t, e))
-                episodes.append((float(episode_return[e]), int(episode_length[e])))
+                final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else current[e].copy())
+                _check_observed(np.isfinite(final_obs[-1]).all(), final_obs[-1])
             episode_return[ended], episode_length[ended], running = 0, 0, np.where(ended, 0, running)
             if mode == AutoresetMode.DISABLED:
                 current = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
         resetting = ended if mode == AutoresetMode.NEXT_STEP else np.zeros(E, bool)
+    _check_observed(np.isfinite(current).all(), current)
     if not np.isfinite(rewards).all():
         raise ValueError(f"the environment returned a reward of {rewards[~np.isfinite(rewards)][0]}")
     rollout = Rollout(raw_obs, obs, mu, actions, rewards, *flags, discounted, current, final_at, final_obs, episodes)
     return rollout, Runner(current, resetting, episode_return, episode_length, running)
-
-
-# ============================================================================================================= settings
-def check_config(config):
-    """Raises ValueError where a field of config has the wrong type or is out of its interval."""
-    for name, hint in typing.get_type_hints(Config, include_extras=True).items():
-        kind, (interval, _) = hint.__origin__, hint.__metadata__
-        value, several = getattr(config, name), kind == tuple[int, ...]
-        if several and not isinstance(value, tuple):
-            raise ValueError(f"{name} must be a tuple of integers, got {value!r}")
-        for number in value if several else (value,):
-            _check_number(name, number, int if several else kind, interval)
-
-
-def _check_number(name, number, kind, interval):
-    if kind is str:
-        ok, expected = number in interval.split(), " or ".join(interval.split())
-    elif kind is bool:
-        ok, expected = isinstance(number, (bool, np.bool_)), "True or False"
-    else:
-        low, high = (float(end) for end in interval[1:-1].split(","))
-        numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-        ok = isinstance(number, numbers) and not isinstance(number, bool) and np.isfinite(number)
-        ok = ok and (number > low or (number == low and interval[0] == "["))
-        ok = ok and (number < high or (number == high and interval[-1] == "]"))
-        expected = f"{'an integer' if kind is int else 'a number'} in {interval}"
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {number!r}")
 
 
 # ============================================================================================================= training
@@ -1168,13 +1248,13 @@ def learn(state, rollout):
 def train(env, config=Config(), *, seed=0, callback=None):
     """Train a policy: returns the TrainState.
 
-    env: an id, a gym.Env, a gym.vector.VectorEnv, or a callable that makes one.  callback(state, info, explained
-    variance) is called after each update; returning True stops.  Stops before total_steps only at the environment's
-    reward threshold, if stop_when_solved.  An exception that leaves train, an interrupt as well, carries the state
-    after the last finished update as its attribute .state.
+    env: an id, a callable that makes a gym.Env, or one gym.Env or VectorEnv, which then sets the number of
+    environments.  callback(state, info, explained variance) is called after each update; returning True stops.  Stops
+    before total_steps only at the environment's reward threshold, if stop_when_solved.  An exception that leaves
+    train, an interrupt as well, carries the state after the last finished update as its attribute .state.
     """
     check_config(config)
-    envs = _make_envs(env, config)
+    envs, made_here = _make_envs(env, config)
     policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
     spec = _spec(envs)
     state = init_state(spec.id if spec else type(env).__name__, policy, config, seed)
@@ -1195,10 +1275,12 @@ def train(env, config=Config(), *, seed=0, callback=None):
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = callback is not None and callback(state, info, explained)
     except BaseException as error:
+        # a signal that arrives in compiled code comes out as the cause of a SystemError
+        error = error.__cause__ if isinstance(error, SystemError) and error.__cause__ else error
         error.state = state
-        raise
+        raise error
     finally:
-        if isinstance(env, str) or not hasattr(env, "step"):
+        if made_here:
             envs.close()
     return state
 
@@ -1208,7 +1290,7 @@ def act(policy, theta, obs, obs_stats=None, rng=None):
     """The environment's actions for flat raw observations, one (D,) or a batch (N, D): the most likely ones, or
     sampled if rng is given.  obs_stats: those that theta was trained with, TrainState.obs_stats."""
     obs = np.asarray(obs, np.float64)
-    rows = obs.reshape(-1, policy.sizes[0])
+    rows = obs[None] if obs.ndim == 1 else obs
     mu = forward(policy, theta, normalize(obs_stats, rows) if obs_stats else rows)
     if rng is not None:
         actions = sample(policy, mu, rng)
@@ -1227,8 +1309,9 @@ def evaluate(state, env, episodes=10, seed=0):
     """
     import gymnasium as gym
 
-    env = gym.make(env) if isinstance(env, str) else env
-    results = []
+    env, results = gym.make(env) if isinstance(env, str) else env, []
+    if make_policy(env.observation_space, env.action_space, state.policy.sizes[1:-1]) != state.policy:
+        raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {env}")
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed if episode == 0 else None)
         total, length, ended = 0.0, 0, False
@@ -1238,8 +1321,7 @@ def evaluate(state, env, episodes=10, seed=0):
             obs, reward, terminated, truncated, _ = env.step(action)
             total, length, ended = total + float(reward), length + 1, terminated or truncated
         results.append((total, length))
-    returns, lengths = zip(*results, strict=True)
-    return np.array(returns), np.array(lengths)
+    return np.array([total for total, _ in results]), np.array([length for _, length in results])
 
 
 def save(state, path):
@@ -1249,11 +1331,16 @@ def save(state, path):
     for name in ("obs_stats", "reward_stats"):
         arrays |= {f"{name}.{field}": value for field, value in plain.pop(name)._asdict().items()}
     plain |= {name: plain[name]._asdict() for name in ("config", "policy", "value")}
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.savez(file, state=json.dumps(plain | {"version": __version__}), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    text = json.dumps(plain | {"version": __version__}, default=lambda number: number.item())
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, state=text, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path):
@@ -1268,8 +1355,13 @@ def load(path):
             plain[name] = RunningStats(float(count), mean, m2)
         plain |= {"config": Config(**plain["config"])}
         plain |= {name: Policy(**plain[name]) for name in ("policy", "value")}
-        return TrainState(theta=arrays["theta"], phi=arrays["phi"], **plain)
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        for name, net in (("theta", plain["policy"]), ("phi", plain["value"])):
+            _check_policy(net)
+            plain[name] = _finite(name, arrays[name], (n_params(net),))
+        return TrainState(**plain)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file fails in more ways than could be listed
         raise ValueError(f"{path} is not a checkpoint of trpo_min {__version__}: {error}") from error
 
 
@@ -1278,8 +1370,8 @@ def _tuples(mapping):
 
 
 # ========================================================================================================= command line
-def _integer(text):
-    """int(text), and 1e6 too."""
+def integer(text):
+    """int(text), and 1e6 too; argparse puts the name of this function into its message."""
     return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
 
 
@@ -1301,12 +1393,12 @@ def _parser():
         allow_abbrev=False,
     )
     parser.add_argument("--env", required=True, metavar="ID", help="Gymnasium environment id, such as CartPole-v1")
-    parser.add_argument("--seed", type=_integer, default=0, metavar="N", help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="of everything random (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: runs/<env>-<time>-seed<N>)")
     parser.add_argument("--quiet", action="store_true", help="print the result only")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings = parser.add_argument_group("settings")
-    for name, hint in typing.get_type_hints(Config, include_extras=True).items():
+    for name, hint in _FIELDS.items():
         kind, text = hint.__origin__, hint.__metadata__[1]
         default = getattr(Config(), name)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -1314,7 +1406,7 @@ def _parser():
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"], options["metavar"] = {float: (float, "X"), str: (str, "NAME")}.get(kind, (_integer, "N"))
+            options["type"], options["metavar"] = {float: (float, "X"), str: (str, "NAME")}.get(kind, (integer, "N"))
             options |= {"nargs": "+"} if isinstance(default, tuple) else {}
         settings.add_argument("--" + name.replace("_", "-"), **options)
     return parser
@@ -1374,19 +1466,23 @@ def _run(args):
     config = Config(**{name: getattr(args, name) for name in Config._fields})
     config = config._replace(hidden=tuple(config.hidden))
     check_config(config)
-    envs = _make_envs(args.env, config)
+    if args.seed < 0:
+        raise ValueError(f"seed must not be negative, got {args.seed}")
+    envs, _ = _make_envs(args.env, config)
     name = _spec(envs).id
-    safe = name.replace("/", "-")
-    out = args.out or Path("runs") / f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
+    run = f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
+    out = args.out or Path("runs") / run
     path = out / "checkpoint.npz"
     if path.exists():
         raise ValueError(f"{path} exists and is not overwritten: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):  # better now than after training
+        pass
     say = (lambda *_: None) if args.quiet else print
     say(_header(envs, name, config, args.seed))
     start = time.perf_counter()
     try:
-        with _compile_notice() if not args.quiet else open(os.devnull):
+        with contextlib.nullcontext() if args.quiet else _compile_notice():
             callback = None if args.quiet else _progress_printer()
             state = train(envs, config, seed=args.seed, callback=callback)
     except BaseException as error:
@@ -1408,6 +1504,7 @@ def _run(args):
 def main(argv=None):
     """The command line: returns the exit code."""
     args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return _run(args)
     except KeyboardInterrupt:
