@@ -8,6 +8,7 @@ bound on the absolute values that are added up (tolerance below), so they follow
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -1984,6 +1985,20 @@ def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
     quiet = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "500", "--quiet")
     assert quiet.returncode == 0
     assert len(quiet.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_a_run_after_the_update_and_saves_it(tmp_path, name):
+    command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Pendulum-v1", "--out", "here"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "steps  return" not in process.stdout.readline():  # trains by now
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(getattr(signal, name))
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert output.splitlines()[-1].startswith("stopped Pendulum-v1")
+    assert errors == ""
+    assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1
 
 
 def test_a_run_that_breaks_saves_first(tmp_path):

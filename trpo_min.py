@@ -1275,8 +1275,10 @@ def train(env, config=Config(), *, seed=0, callback=None):
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = callback is not None and callback(state, info, explained)
     except BaseException as error:
-        # a signal that arrives in compiled code comes out as the cause of a SystemError
-        error = error.__cause__ if isinstance(error, SystemError) and error.__cause__ else error
+        cause = error  # an interrupt in compiled code, or while compiling, is somewhere behind another exception
+        while cause and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        error = cause or error
         error.state = state
         raise error
     finally:
@@ -1478,12 +1480,24 @@ def _run(args):
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):  # better now than after training
         pass
-    say = (lambda *_: None) if args.quiet else print
-    say(_header(envs, name, config, args.seed))
+    signals, report = [], _progress_printer()
+
+    def callback(*progress):
+        if not args.quiet:
+            report(*progress)
+        return bool(signals)  # stops after this update
+
+    def on_signal(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    if not args.quiet:
+        print(_header(envs, name, config, args.seed))
     start = time.perf_counter()
     try:
         with contextlib.nullcontext() if args.quiet else _compile_notice():
-            callback = None if args.quiet else _progress_printer()
             state = train(envs, config, seed=args.seed, callback=callback)
     except BaseException as error:
         if getattr(error, "state", None) and error.state.updates:
@@ -1495,20 +1509,17 @@ def _run(args):
     save(state, path)
     mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
     print(
-        f"{'solved' if state.solved else 'trained'} {name}: mean return {mean:.1f} over the last {n} episodes, after "
-        f"{state.steps:,} steps in {time.perf_counter() - start:.1f} s; saved in {out}"
+        f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {name}: mean return {mean:.1f} over the "
+        f"last {n} episodes, after {state.steps:,} steps in {time.perf_counter() - start:.1f} s; saved in {out}"
     )
-    return 0
+    return 128 + signals[0] if signals else 0
 
 
 def main(argv=None):
     """The command line: returns the exit code."""
     args = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return _run(args)
-    except KeyboardInterrupt:
-        return 130
     except (ValueError, OSError) as error:
         if args.debug:
             raise
