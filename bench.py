@@ -153,7 +153,7 @@ def fvp(args):
 
     print(f"\ncompiling F v in a new process with an empty cache: {compile_seconds():.1f} s")
 
-    print("\nF v, milliseconds, median (quartiles); the network 11-64-64-3 of Hopper, 5,123 parameters")
+    print("\nF v, milliseconds, median (quartiles); the network 11-64-64-3 of Hopper, 5,126 parameters")
     print("  rows   type     ours                     whole-batch NumPy        ratio   empirical, stored scores")
     for n_rows in (512, 2048) if args.quick else (512, 2048, 16384):
         for dtype in (np.float64, np.float32):
