@@ -1640,6 +1640,24 @@ assert "gymnasium" not in sys.modules
     assert result.returncode == 0, result.stderr
 
 
+def test_overlapping_calls_leave_the_threads_of_blas_as_they_were():
+    get_threads, set_threads = tm._openblas()
+    original = get_threads()
+    try:
+        set_threads(2)
+        expected = get_threads()
+        one, other = tm._one_blas_thread(), tm._one_blas_thread()
+        one.__enter__()
+        other.__enter__()
+        assert get_threads() == 1
+        one.__exit__(None, None, None)
+        assert get_threads() == 1  # the other is still at it
+        other.__exit__(None, None, None)
+        assert get_threads() == expected
+    finally:
+        set_threads(original)
+
+
 # ============================================================================================ saving and using
 @pytest.fixture(scope="module")
 def trained():

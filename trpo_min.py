@@ -34,6 +34,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import typing
 from pathlib import Path
@@ -75,16 +76,26 @@ def _openblas():
     return (lambda: 1), (lambda _: None)
 
 
+_blas_lock, _blas_before = threading.Lock(), []  # the threads set before each of the calls in progress
+
+
 @contextlib.contextmanager
 def _one_blas_thread():
-    """For the length of a call: products split over threads of their own would round differently, and be in our way."""
+    """For the length of a call: products split over threads of their own would round differently, and be in our way.
+
+    The setting is the process's: the last of the calls that overlap puts back what the first one found.
+    """
     get_threads, set_threads = _openblas()
-    before = get_threads()
-    set_threads(1)
+    with _blas_lock:
+        _blas_before.append(get_threads())
+        set_threads(1)
     try:
         yield
     finally:
-        set_threads(before)
+        with _blas_lock:
+            before = _blas_before.pop()
+            if not _blas_before:
+                set_threads(before)
 
 
 # ================================================================================================ what is passed around
