@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -1552,6 +1553,46 @@ def test_an_observation_space_that_is_not_supported_is_named_in_one_sentence():
     assert str(space) in str(error.value)
 
 
+class Reusing(gym.Env):
+    """Writes each observation into one and the same array."""
+
+    observation_space, action_space = spaces.Box(-np.inf, np.inf, (1,)), spaces.Discrete(2)
+    buffer = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.n, self.buffer = 0, np.zeros(1, np.float32) if self.buffer is None else self.buffer
+        self.buffer[:] = 0
+        return self.buffer, {}
+
+    def step(self, action):
+        self.n += 1
+        self.buffer[:] = self.n
+        return self.buffer, 1.0, False, self.n == 5, {}
+
+
+def test_an_environment_that_reuses_its_observation_bootstraps_from_its_true_last_one():
+    envs, made_here = tm._make_envs(Reusing, tm.Config(num_envs=3))
+    assert made_here
+    state, runner = start(envs)
+    rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 12)
+    assert [obs.tolist() for obs in rollout.final_obs] == [[5.0]] * 6
+    assert (rollout.raw_obs[:, 0, 0] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]).all()
+
+
+@pytest.mark.parametrize("env", [5, lambda: None, "NoSuchEnvironment-v0"])
+def test_what_is_no_environment_is_refused_in_one_sentence(env, trained):
+    for use in (lambda: tm.train(env), lambda: tm.evaluate(trained, env)):
+        with pytest.raises(ValueError, match=r"environment|env must be"):
+            use()
+
+
+def test_a_callable_that_makes_the_same_environment_again_is_refused():
+    env = Reusing()
+    with pytest.raises(ValueError, match="a new environment at each call"):
+        tm.train(lambda: env)
+
+
 def test_an_environment_may_be_an_id_or_an_env_or_a_vector_env_or_a_callable():
     config = tm.Config(hidden=(3,), total_steps=64, rollout_steps=32, num_envs=2)
     for env in (
@@ -1701,9 +1742,16 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_one_sentence(trained, tmp_
     np.savez(path, theta=trained.theta)
     with pytest.raises(ValueError, match="is not a checkpoint"):
         tm.load(path)
-    for theta in (trained.theta[:-1], trained.theta * np.nan):
-        tm.save(trained._replace(theta=theta), path)
-        with pytest.raises(ValueError, match="theta must"):
+    stats = trained.obs_stats
+    for state in (
+        trained._replace(theta=trained.theta[:-1]),
+        trained._replace(theta=trained.theta * np.nan),
+        trained._replace(config=trained.config._replace(gamma="x")),
+        trained._replace(obs_stats=stats._replace(mean=stats.mean[:2], m2=stats.m2[:2])),
+        trained._replace(obs_stats=stats._replace(m2=stats.m2 * np.nan)),
+    ):
+        tm.save(state, path)
+        with pytest.raises(ValueError, match="is not a checkpoint"):
             tm.load(path)
 
 
@@ -1883,7 +1931,7 @@ def test_a_policy_that_does_not_fit_together_is_refused(policy, message):
 
 def test_an_update_refuses_a_config_out_of_range():
     case = fixed_case()
-    for config in (tm.Config(max_kl=-1.0), tm.Config(cg_iters=2.5), tm.Config(backtrack_coef=2.0)):
+    for config in (tm.Config(max_kl=-1.0), tm.Config(cg_iters=2.5), tm.Config(gamma=10**400), tm.Config(lam=np.inf)):
         with pytest.raises(ValueError, match="must be"):
             tm.trpo_update(case.policy, case.theta, make_batch(case), config)
 
@@ -1896,6 +1944,22 @@ def test_weights_of_any_scale_give_the_same_step():
         other, scaled = tm.trpo_update(case.policy, case.theta, batch._replace(weights=weight), config)
         assert scaled.accepted == info.accepted
         assert np.abs(one - other).max() <= 1e-6 * np.abs(one - case.theta).max()
+
+
+def test_advantages_that_overflow_with_their_weights_are_refused():
+    case = fixed_case()
+    batch = make_batch(case)
+    with pytest.raises(ValueError, match="weights times adv must be finite"):
+        tm.trpo_update(case.policy, case.theta, batch._replace(weights=1e200, adv=batch.adv * 1e200))
+
+
+def test_the_update_is_for_policies_and_the_fit_for_value_functions():
+    case, value = fixed_case(), tm.Policy((3, 8, 4), "value")
+    with pytest.raises(ValueError, match="gaussian or categorical head"):
+        tm.trpo_update(value, case.theta, make_batch(case))
+    for net in (case.policy, value):
+        with pytest.raises(ValueError, match="value must be a network with one output"):
+            tm.fit_value(net, case.theta, case.obs, np.zeros(60))
 
 
 def test_cg_and_fisher_metric_refuse_shapes_that_do_not_fit():
@@ -1947,6 +2011,14 @@ def test_an_interrupt_carries_what_was_learned():
     with pytest.raises(KeyboardInterrupt) as error:
         tm.train("CartPole-v1", tm.Config(hidden=(3,), rollout_steps=20), callback=interrupt)
     assert error.value.state.updates == 3
+
+
+def test_an_interrupt_handled_earlier_is_not_raised_again():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(RuntimeError, match="the simulator broke"):
+            tm.train(Faulty("raise"), tm.Config(hidden=(3,), rollout_steps=20))
 
 
 def test_a_signal_in_compiled_code_arrives_as_the_interrupt_that_it_is(monkeypatch):
@@ -2017,6 +2089,28 @@ def test_a_signal_stops_a_run_after_the_update_and_saves_it(tmp_path, name):
     assert output.splitlines()[-1].startswith("stopped Pendulum-v1")
     assert errors == ""
     assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1
+
+
+def test_a_second_signal_interrupts_a_long_update_and_still_saves(tmp_path):
+    command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Pendulum-v1", "--out", "here"]
+    process = subprocess.Popen(
+        [*command, "--rollout-steps", "20000"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "steps  return" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1
+
+
+def test_main_leaves_the_signal_handlers_as_they_were(tmp_path, capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert tm.main(["--env", "CartPole-v1", "--total-steps", "64", "--out", str(tmp_path / "x"), "--quiet"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert "trained CartPole-v1" in capsys.readouterr().out
 
 
 def test_a_run_that_breaks_saves_first(tmp_path):

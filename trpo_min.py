@@ -109,7 +109,9 @@ class Config(NamedTuple):
     gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.99
     lam: Annotated[float, "[0, 1]", "lambda of the advantage estimator: 0 TD error, 1 Monte Carlo"] = 0.95
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.01
-    damping: Annotated[float, "[0, inf)", "c in (F + c I): regularises the solve, not the step length"] = 0.1
+    damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solves of both networks; not in the step length"] = (
+        0.1
+    )
     cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per solve"] = 10
     cg_tol: Annotated[float, "[0, 1)", "stop at this residual relative to the right-hand side"] = 1e-10
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
@@ -237,6 +239,8 @@ def _check_inputs(policy, theta, obs):
 def _check_batch(policy, theta, batch):
     """theta and batch as contiguous arrays of theta's dtype, or a ValueError that names the field."""
     theta, obs = _check_inputs(policy, theta, batch.obs)
+    if policy.head == "value":
+        raise ValueError("policy must have a gaussian or categorical head, got a value function")
     n, dtype = len(obs), theta.dtype
     if policy.head == "gaussian":
         actions = _finite("actions", batch.actions, (n, policy.sizes[-1]), dtype)
@@ -273,13 +277,13 @@ def check_config(config):
 
 def _check_number(name, number, kind, interval):
     if kind is str:
-        ok, expected = number in interval.split(), " or ".join(interval.split())
+        ok, expected = isinstance(number, str) and number in interval.split(), " or ".join(interval.split())
     elif kind is bool:
         ok, expected = isinstance(number, (bool, np.bool_)), "True or False"
     else:
         low, high = (float(end) for end in interval[1:-1].split(","))
         numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-        ok = isinstance(number, numbers) and not isinstance(number, bool) and np.isfinite(number)
+        ok = isinstance(number, numbers) and not isinstance(number, bool)
         ok = ok and (number > low or (number == low and interval[0] == "["))
         ok = ok and (number < high or (number == high and interval[-1] == "]"))
         expected = f"{'an integer' if kind is int else 'a number'} in {interval}"
@@ -655,7 +659,8 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
 
     Stops at |b - A x| <= tol |b|, or after max_iter iterations, or, with x as it was before that iteration, at a
     direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in no iterations.
-    residual_norm is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is.
+    residual_norm is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is; matvec has
+    to leave p as it is.
     Source: Hestenes and Stiefel 1952.
     """
     b = _finite("b", b, (None,))
@@ -851,11 +856,14 @@ def trpo_update(policy, theta, batch, config=Config()):
 
     theta (P,) is the policy that sampled batch.  The new theta has mean KL <= max_kl and a larger surrogate, or is
     bitwise the old one where no backtrack has both.  The step does not depend on the scale of the advantages.
-    Raises ValueError, before any work, for wrong shapes, NaN or infinity, and if batch.mu_old is not theta's.
+    Raises ValueError for wrong shapes, NaN or infinity, a config out of range, and if batch.mu_old is not theta's.
     """
     check_config(config)
     theta, batch = _check_batch(policy, theta, batch)
-    scale = float(np.abs(batch.weights * batch.adv).max()) or 1.0
+    with np.errstate(over="ignore"):
+        scale = float(np.abs(batch.weights * batch.adv).max()) or 1.0
+    if scale == np.inf:
+        raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
     batch = batch._replace(adv=batch.adv / scale)  # the step is the same; squares of the gradient cannot overflow
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
@@ -919,12 +927,15 @@ def fit_value(value, phi, obs, returns, config=Config()):
     """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
 
     The same step as the policy's: V is the mean of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is
-    the Gauss-Newton matrix.  A full step solves the linearised least squares; it is cut where the mean (dV)^2 / 2
-    would exceed value_kl times the mean squared error, and kept only if that error falls.  No learning rate, no
+    the Gauss-Newton matrix.  The step solves the linearised least squares as far as damping and cg_iters (the
+    policy's) let it; it is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept
+    only if that error falls.  No learning rate, no
     minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
+    if value.head != "value" or value.sizes[-1] != 1:
+        raise ValueError(f"value must be a network with one output and the head 'value', got {value}")
     returns = _finite("returns", returns, (len(obs),), phi.dtype)[:, None]
     for _ in range(config.value_iters):
         acts = _activations(phi, np.array(value.sizes), obs)
@@ -1039,20 +1050,34 @@ def flatten_obs(space, obs, n):
     return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
 
 
-def _make_envs(env, config):
-    """env (an id, a gym.Env, a VectorEnv, or a callable that makes one) as a VectorEnv; whether it was made here."""
+def _make_env(env):
+    """An environment as it is, or made from its id or by calling env; ValueError of one sentence where that fails."""
     import gymnasium as gym
-    from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-    make, given = (lambda: gym.make(env)) if isinstance(env, str) else env, isinstance(env, (gym.Env, VectorEnv))
+    if isinstance(env, (gym.Env, gym.vector.VectorEnv)):
+        return env
     try:
-        first = env if given else make()
+        made = gym.make(env) if isinstance(env, str) else env() if callable(env) else None
     except (gym.error.Error, ImportError) as error:
         raise ValueError(f"cannot make the environment {env}: {str(error).rstrip('.')}") from error
+    if not isinstance(made, (gym.Env, gym.vector.VectorEnv)):
+        raise ValueError(f"env must be an id, a gym.Env, a VectorEnv or a callable that makes one, got {env!r}")
+    return made
+
+
+def _make_envs(env, config):
+    """env (see train) as a VectorEnv, and whether it was made here."""
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+    first = _make_env(env)
     if isinstance(first, VectorEnv):
-        return first, not given
-    others = [] if given else [make] * (config.num_envs - 1)
-    return SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.SAME_STEP), not given
+        return first, first is not env
+    others = [] if first is env else [lambda: _make_env(env)] * (config.num_envs - 1)
+    # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
+    envs = SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.DISABLED)
+    if len({id(each.unwrapped) for each in envs.envs}) < envs.num_envs:
+        raise ValueError("the callable must make a new environment at each call, got the same one again")
+    return envs, first is not env
 
 
 def _spec(envs):
@@ -1268,9 +1293,9 @@ def train(env, config=Config(), *, seed=0, callback=None):
     envs, made_here = _make_envs(env, config)
     policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
     spec = _spec(envs)
-    state = init_state(spec.id if spec else type(env).__name__, policy, config, seed)
+    state = init_state(spec.id if spec else type(envs.unwrapped).__name__, policy, config, seed)
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
-    stop = False
+    stop, handled = False, sys.exc_info()[1]
     try:
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng_state
@@ -1287,9 +1312,9 @@ def train(env, config=Config(), *, seed=0, callback=None):
             stop = callback is not None and callback(state, info, explained)
     except BaseException as error:
         cause = error  # an interrupt in compiled code, or while compiling, is somewhere behind another exception
-        while cause and not isinstance(cause, KeyboardInterrupt):
+        while cause not in (None, handled) and not isinstance(cause, KeyboardInterrupt):
             cause = cause.__cause__ or cause.__context__
-        error = cause or error
+        error = error if cause in (None, handled) else cause
         error.state = state
         raise error
     finally:
@@ -1322,7 +1347,9 @@ def evaluate(state, env, episodes=10, seed=0):
     """
     import gymnasium as gym
 
-    env, results = gym.make(env) if isinstance(env, str) else env, []
+    env, results = _make_env(env), []
+    if isinstance(env, gym.vector.VectorEnv):
+        raise ValueError("evaluate plays one episode after another: give it an id or a gym.Env, not a VectorEnv")
     if make_policy(env.observation_space, env.action_space, state.policy.sizes[1:-1]) != state.policy:
         raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {env}")
     for episode in range(episodes):
@@ -1358,6 +1385,7 @@ def save(state, path):
 
 def load(path):
     """The TrainState that save wrote to path.  Raises ValueError if path holds anything else."""
+    fields = set(TrainState._fields)
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = dict(content)
@@ -1365,9 +1393,12 @@ def load(path):
         del plain["version"]
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
-            plain[name] = RunningStats(float(count), mean, m2)
+            plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
         plain |= {"config": Config(**plain["config"])}
         plain |= {name: Policy(**plain[name]) for name in ("policy", "value")}
+        check_config(plain["config"])
+        if len(plain["obs_stats"].mean) != plain["policy"].sizes[0] or plain.keys() | {"theta", "phi"} != fields:
+            raise ValueError("its parts do not fit together")
         for name, net in (("theta", plain["policy"]), ("phi", plain["value"])):
             _check_policy(net)
             plain[name] = _finite(name, arrays[name], (n_params(net),))
@@ -1500,10 +1531,11 @@ def _run(args):
 
     def on_signal(number, _):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        signal.signal(number, signal.default_int_handler)  # a second one interrupts the update as well
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    handlers = {number: signal.signal(number, on_signal) for number in numbers}
     if not args.quiet:
         print(_header(envs, name, config, args.seed))
     start = time.perf_counter()
@@ -1514,8 +1546,12 @@ def _run(args):
         if getattr(error, "state", None) and error.state.updates:
             save(error.state, path)
             print(f"\nstopped after {error.state.steps:,} steps; what was learned is saved in {out}")
+        if isinstance(error, KeyboardInterrupt) and signals:
+            return 128 + signals[0]
         raise
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         envs.close()
     save(state, path)
     mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
