@@ -1506,6 +1506,39 @@ def _compile_notice():
     return event.install_listener("numba:compile", Notice())
 
 
+@contextlib.contextmanager
+def _signals_noted():
+    """A list that SIGINT and SIGTERM are appended to instead of raising: an exception in compiled code can get lost.
+
+    The second one does raise KeyboardInterrupt.  The handlers are put back at the end.
+    """
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    handlers = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _run_folder(args, name):
+    """Where this run is saved: made now, and found to be writable, rather than after training."""
+    run = f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
+    out = args.out or Path("runs") / run
+    if (out / "checkpoint.npz").exists():
+        raise ValueError(f"{out / 'checkpoint.npz'} exists and is not overwritten: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        return out
+
+
 def _run(args):
     config = Config(**{name: getattr(args, name) for name in Config._fields})
     config = config._replace(hidden=tuple(config.hidden))
@@ -1514,45 +1547,28 @@ def _run(args):
         raise ValueError(f"seed must not be negative, got {args.seed}")
     envs, _ = _make_envs(args.env, config)
     name = _spec(envs).id
-    run = f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
-    out = args.out or Path("runs") / run
-    path = out / "checkpoint.npz"
-    if path.exists():
-        raise ValueError(f"{path} exists and is not overwritten: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):  # better now than after training
-        pass
-    signals, report = [], _progress_printer()
-
-    def callback(*progress):
-        if not args.quiet:
-            report(*progress)
-        return bool(signals)  # stops after this update
-
-    def on_signal(number, _):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)  # a second one interrupts the update as well
-
-    main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
-    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-    handlers = {number: signal.signal(number, on_signal) for number in numbers}
+    out = _run_folder(args, name)
+    path, report, start = out / "checkpoint.npz", _progress_printer(), time.perf_counter()
     if not args.quiet:
         print(_header(envs, name, config, args.seed))
-    start = time.perf_counter()
-    try:
-        with contextlib.nullcontext() if args.quiet else _compile_notice():
+    with _signals_noted() as signals, contextlib.nullcontext() if args.quiet else _compile_notice():
+
+        def callback(*progress):
+            if not args.quiet:
+                report(*progress)
+            return bool(signals)  # stop after this update
+
+        try:
             state = train(envs, config, seed=args.seed, callback=callback)
-    except BaseException as error:
-        if getattr(error, "state", None) and error.state.updates:
-            save(error.state, path)
-            print(f"\nstopped after {error.state.steps:,} steps; what was learned is saved in {out}")
-        if isinstance(error, KeyboardInterrupt) and signals:
-            return 128 + signals[0]
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        envs.close()
+        except BaseException as error:
+            if getattr(error, "state", None) and error.state.updates:
+                save(error.state, path)
+                print(f"\nstopped after {error.state.steps:,} steps; what was learned is saved in {out}")
+            if isinstance(error, KeyboardInterrupt) and signals:
+                return 128 + signals[0]
+            raise
+        finally:
+            envs.close()
     save(state, path)
     mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
     print(
