@@ -492,7 +492,7 @@ def _tanh_inplace(z):
     """tanh(x) for every entry: Lambert's fraction at y = x/16, then tanh 2y = 2 tanh y / (1 + tanh^2 y) four times.
 
     tanh y ~ num/den = y (945 + 105 y^2 + y^4) / (945 + 420 y^2 + 15 y^4); doubling num and den apart needs one
-    division.  Relative error below 6 eps.  Has no branch, so it vectorizes: 10 times libm's tanh here.
+    division.  Relative error below 6 eps.  Has no branch, so it vectorizes: 6 times as fast as libm's here.
     """
     cast = z.dtype.type
     limit, scale, one, two = cast(20), cast(1 / 16), cast(1), cast(2)
@@ -682,7 +682,7 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
 def _fvp(theta, v, sizes, acts, m, nvec, damping):
     """F v + damping v, E4.  log_std does not see the state, so its block of F is 2 I whatever the rows."""
     n_rows = acts.size // sizes.sum()
-    Fv = _jtu(theta, v, sizes, acts, m, nvec, m)
+    Fv = _jtu(theta, v, sizes, acts, m, nvec, m)  # the last argument, u, is not read where v is given
     n_weights = 0
     for layer in range(1, sizes.size):
         n_weights += (sizes[layer - 1] + 1) * sizes[layer]
@@ -768,7 +768,7 @@ def _vjp(policy, theta, acts, u):
     n_out = policy.sizes[-1]
     no_v, no_nvec = np.empty(0, theta.dtype), np.empty(0, np.int64)
     grad = _jtu(theta, no_v, np.array(policy.sizes), acts, u, no_nvec, np.ascontiguousarray(u[:, :n_out]))
-    if policy.head == "gaussian":
+    if policy.head == "gaussian":  # log_std is each row's own output: its part of J is the identity
         grad[-n_out:] = u[:, n_out:].sum(axis=0)
     return grad
 
