@@ -1248,7 +1248,8 @@ def counters(n, mode):
     return SyncVectorEnv([lambda i=i: Counter(i) for i in range(n)], autoreset_mode=mode)
 
 
-@given(st.sampled_from(list(AutoresetMode)), st.integers(1, 4), st.lists(st.integers(1, 9), min_size=1, max_size=4))
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@given(E=st.integers(1, 4), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_every_autoreset_mode_gives_exactly_the_rows_of_a_serial_loop(mode, E, lengths):
     envs = counters(E, mode)
     state, runner = start(envs)
@@ -1270,7 +1271,8 @@ def test_every_autoreset_mode_gives_exactly_the_rows_of_a_serial_loop(mode, E, l
         assert ends[e] == [tuple(following) for _, _, following, a, b in serial if b and not a]
 
 
-@given(st.sampled_from(list(AutoresetMode)), st.integers(1, 3), st.integers(1, 12), st.booleans())
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@given(E=st.integers(1, 3), n_steps=st.integers(1, 12), normalized=st.booleans())
 def test_advantages_are_those_of_a_serial_loop_with_each_rows_own_next_observation(mode, E, n_steps, normalized):
     envs = counters(E, mode)
     state, runner = start(envs)
@@ -1296,7 +1298,8 @@ def test_advantages_are_those_of_a_serial_loop_with_each_rows_own_next_observati
             assert isclose(returns[t, e], total + V(serial[i][0]), rtol=1e-12)
 
 
-@given(st.sampled_from(list(AutoresetMode)), st.integers(1, 3), st.integers(1, 60), st.integers(1, 20))
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@given(E=st.integers(1, 3), total_steps=st.integers(1, 60), rollout_steps=st.integers(1, 20))
 def test_counted_steps_episodes_and_returns_are_those_that_happened(mode, E, total_steps, rollout_steps):
     envs = counters(E, mode)
     config = tm.Config(hidden=(), total_steps=total_steps, rollout_steps=rollout_steps, stop_when_solved=False)
