@@ -21,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.optimize
 import scipy.special
 import scipy.stats
 from gymnasium import spaces
@@ -1147,7 +1148,71 @@ def test_the_metric_of_the_value_function_makes_fvp_its_gauss_newton_matrix(case
     assert np.abs(tm.fvp(*case[:3], v) - J.T @ (J @ v) / len(J)).max() <= tolerance(case, bound)
 
 
-# ================================================================================= why it works: two slips settled
+# ============================================================================================== E11: why it works
+class MDP(NamedTuple):
+    """A finite Markov decision process: P (S, A, S), r (S, A), start (S,), gamma."""
+
+    P: np.ndarray
+    r: np.ndarray
+    start: np.ndarray
+    gamma: float
+
+    def solve(self, pi):
+        """eta, Q (S, A), the advantages (S, A) and the discounted state distribution (S,), which adds up to
+        1 / (1 - gamma), of pi (S, A); complex pi allowed, for derivatives."""
+        transition = np.einsum("sa,sat->st", pi, self.P)
+        inverse = np.linalg.inv(np.eye(len(pi)) - self.gamma * transition)
+        V = inverse @ (pi * self.r).sum(axis=1)
+        Q = self.r + self.gamma * self.P @ V
+        return self.start @ V, Q, Q - V[:, None], self.start @ inverse
+
+    def expected_surrogate(self, old, new):
+        """L_old(new) - eta(old): the expected advantage of new under the states of old, added up."""
+        _, _, adv, visits = self.solve(old)
+        return visits @ (new * adv).sum(axis=1)
+
+    def rounding(self, adv):
+        """A bound on the rounding of what solve returns: eps x operations x the inverse's condition x the numbers."""
+        return 1e3 * EPS * self.r.size * (1 + np.abs(adv).max()) / (1 - self.gamma) ** 2
+
+
+@st.composite
+def mdps(draw, largest_gamma=0.95):
+    """Random chances, rewards and starts; some transitions are certain, some states unreachable at first."""
+    rng = np.random.default_rng(draw(seeds))
+    S, A, concentration = draw(st.integers(2, 5)), draw(st.integers(2, 4)), draw(st.sampled_from([0.05, 1.0]))
+    P, start = rng.dirichlet(np.full(S, concentration), (S, A)), rng.dirichlet(np.full(S, concentration))
+    return MDP(P, rng.normal(size=(S, A)), start, draw(st.floats(0, largest_gamma))), rng
+
+
+def softmax_policy(mdp, rng, hidden=(), scale=1.0):
+    """A policy on one-hot observations of the states, and its parameters."""
+    S, A = mdp.r.shape
+    policy = tm.Policy((S, *hidden, A), "categorical", (A,))
+    return policy, tm.init_params(policy, rng) + scale * rng.normal(size=tm.n_params(policy))
+
+
+def table(policy, theta):
+    """pi (S, A) of a policy on one-hot observations; complex theta allowed."""
+    logits = dense_forward(policy, theta, np.eye(policy.sizes[0]))
+    weights = np.exp(logits - logits.real.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def exact_batch(mdp, policy, theta):
+    """Every state with every action: the surrogate of this batch is (1 - gamma) (L_old(new) - eta(old)), exactly."""
+    S, A = mdp.r.shape
+    pi = table(policy, theta)
+    _, _, adv, visits = mdp.solve(pi)
+    weights = S * A * (1 - mdp.gamma) * visits[:, None] * pi
+    obs, actions = np.repeat(np.eye(S), A, axis=0), np.tile(np.arange(A), S)[:, None]
+    return tm.Batch(obs, actions, adv.ravel(), tm.forward(policy, theta, obs), weights.ravel())
+
+
+def largest_kl(old, new):
+    return scipy.special.rel_entr(old, new).sum(axis=1).max()
+
+
 @given(heads, seeds, st.floats(0.01, 1))
 def test_pinsker_bounds_the_squared_total_variation_by_half_the_kl(policy, seed, distance):
     rng = np.random.default_rng(seed)
@@ -1166,36 +1231,195 @@ def test_pinsker_bounds_the_squared_total_variation_by_half_the_kl(policy, seed,
     assert variation**2 <= tm.kl(policy, old, new)[0] / 2 + 1e-9
 
 
-class MDP(NamedTuple):
-    """A finite Markov decision process: P (S, A, S), r (S, A), start (S,), gamma."""
-
-    P: np.ndarray
-    r: np.ndarray
-    start: np.ndarray
-    gamma: float
-
-    def solve(self, pi):
-        """eta, the advantages (S, A) and the discounted state distribution (S,), unnormalised, of pi (S, A)."""
-        transition = np.einsum("sa,sat->st", pi, self.P)
-        inverse = np.linalg.inv(np.eye(len(pi)) - self.gamma * transition)
-        V = inverse @ (pi * self.r).sum(axis=1)
-        return self.start @ V, self.r + self.gamma * self.P @ V - V[:, None], self.start @ inverse
+@given(mdps())
+def test_the_gain_of_a_policy_is_its_expected_advantage_over_the_old_one_in_its_own_states(case):
+    mdp, rng = case
+    old, new = rng.dirichlet(np.ones(mdp.r.shape[1]), (2, len(mdp.r)))
+    eta, _, adv, _ = mdp.solve(old)
+    eta_new, _, _, visits_new = mdp.solve(new)
+    assert isclose(eta_new - eta, visits_new @ (new * adv).sum(axis=1), atol=mdp.rounding(adv))
 
 
-@given(seeds, st.integers(2, 5), st.integers(2, 4), st.floats(0, 0.95), st.floats(0, 1))
-def test_the_bound_on_the_improvement_is_a_lower_bound(seed, S, A, gamma, mix):
-    rng = np.random.default_rng(seed)
-    mdp = MDP(rng.dirichlet(np.ones(S), (S, A)), rng.normal(size=(S, A)), rng.dirichlet(np.ones(S)), gamma)
-    old, other = rng.dirichlet(np.ones(A), (2, S))
+@given(mdps(), st.sampled_from([(), (4,), (3, 3)]))
+def test_the_surrogate_has_the_gradient_of_the_return_at_old(case, hidden):
+    mdp, rng = case
+    policy, theta = softmax_policy(mdp, rng, hidden)
+    batch = exact_batch(mdp, policy, theta)
+    grad_eta = np.empty_like(theta)
+    for k in range(len(theta)):
+        moved = theta.astype(complex)
+        moved[k] += 1e-30j
+        grad_eta[k] = mdp.solve(table(policy, moved))[0].imag / 1e-30
+    assert abs(tm.surrogate(policy, theta, batch)) <= mdp.rounding(batch.adv)  # L_old(old) = eta(old)
+    difference = tm.surrogate_grad(policy, theta, batch) / (1 - mdp.gamma) - grad_eta
+    assert np.abs(difference).max() <= mdp.rounding(batch.adv)
+
+
+@given(mdps(), st.floats(0, 1))
+def test_the_bound_on_the_improvement_is_a_lower_bound_for_any_two_policies(case, mix):
+    mdp, rng = case
+    old, other = rng.dirichlet(np.ones(mdp.r.shape[1]), (2, len(mdp.r)))
     new = (1 - mix) * old + mix * other
-    eta, adv, visits = mdp.solve(old)
-    L = eta + visits @ (new * adv).sum(axis=1)
+    eta, _, adv, _ = mdp.solve(old)
+    gain, surrogate = mdp.solve(new)[0] - eta, (1 - mdp.gamma) * mdp.expected_surrogate(old, new)
     alpha, epsilon = 0.5 * np.abs(old - new).sum(axis=1).max(), np.abs(adv).max()
-    penalty = 4 * epsilon * gamma / (1 - gamma) ** 2
-    kl = scipy.special.rel_entr(old, new).sum(axis=1).max()
-    rounding = 1e-9 * (1 + epsilon) / (1 - gamma) ** 2
-    assert mdp.solve(new)[0] >= L - penalty * alpha**2 - rounding
-    assert mdp.solve(new)[0] >= L - penalty * kl - rounding
+    for distance in (alpha**2, largest_kl(old, new)):
+        assert gain >= tm.improvement_lower_bound(surrogate, epsilon, distance, mdp.gamma) - mdp.rounding(adv)
+
+
+@given(mdps(), st.sampled_from([(), (4,)]), st.sampled_from([1e-4, 1e-2, 0.5]))
+def test_the_bound_on_the_improvement_is_a_lower_bound_for_an_update(case, hidden, max_kl):
+    mdp, rng = case
+    policy, theta = softmax_policy(mdp, rng, hidden)
+    batch = exact_batch(mdp, policy, theta)
+    new, info = tm.trpo_update(policy, theta, batch, tm.Config(max_kl=max_kl, damping=1e-3))
+    bound = tm.improvement_lower_bound(
+        info.surrogate - info.surrogate_old, info.adv_largest, info.kl_largest, mdp.gamma
+    )
+    gain = mdp.solve(table(policy, new))[0] - mdp.solve(table(policy, theta))[0]
+    assert gain >= bound - mdp.rounding(batch.adv)
+    # and it is the bound of theorem 1, in which nothing is divided by the mass of the visits
+    old, new = table(policy, theta), table(policy, new)
+    penalty = 4 * np.abs(batch.adv).max() * mdp.gamma / (1 - mdp.gamma) ** 2 * largest_kl(old, new)
+    assert isclose(bound, mdp.expected_surrogate(old, new) - penalty, rtol=1e-9, atol=mdp.rounding(batch.adv))
+
+
+def best_within(mdp, old, max_kl):
+    """The policy of the largest surrogate among those with KL(old || new) <= max_kl in every state.
+
+    In each state new = old / (nu - adv), normalised: the stationary point of the Lagrangian, nu found by bisection.
+    """
+    adv = mdp.solve(old)[2]
+    new = np.empty_like(old)
+    for s in range(len(old)):
+        low, high = -30.0, 30.0  # log of nu - max adv
+        for _ in range(200):
+            middle = (low + high) / 2
+            new[s] = old[s] / (adv[s].max() + np.exp(middle) - adv[s])
+            new[s] /= new[s].sum()
+            low, high = (middle, high) if scipy.special.rel_entr(old[s], new[s]).sum() > max_kl else (low, middle)
+        new[s] = old[s] / (adv[s].max() + np.exp(high) - adv[s])
+        new[s] /= new[s].sum()
+    return new
+
+
+def best_of_the_bound(mdp, old):
+    """The policy that maximises the bound: L is concave in the largest KL allowed, so a search over that is enough."""
+    epsilon = np.abs(mdp.solve(old)[2]).max()
+
+    def bound(log_kl):
+        new = best_within(mdp, old, np.exp(log_kl))
+        surrogate = (1 - mdp.gamma) * mdp.expected_surrogate(old, new)
+        return tm.improvement_lower_bound(surrogate, epsilon, largest_kl(old, new), mdp.gamma)
+
+    found = scipy.optimize.minimize_scalar(lambda k: -bound(k), bounds=(-25, 1), method="bounded")
+    return (best_within(mdp, old, np.exp(found.x)), np.exp(found.x)) if bound(found.x) > 0 else (old, 0.0)
+
+
+@given(mdps())
+@settings(max_examples=8)
+def test_maximising_the_bound_never_lowers_the_return(case):
+    mdp, rng = case
+    pi = rng.dirichlet(np.ones(mdp.r.shape[1]), len(mdp.r))
+    for _ in range(3):
+        eta, _, adv, _ = mdp.solve(pi)
+        pi, _ = best_of_the_bound(mdp, pi)
+        assert mdp.solve(pi)[0] >= eta - mdp.rounding(adv)
+
+
+@given(mdps(largest_gamma=0.99))
+@settings(max_examples=20)
+def test_the_step_that_the_bound_allows_is_far_smaller_than_the_trust_regions(case):
+    # a surrogate gain is at most eps sqrt(2 KL) by Pinsker, so a positive bound needs KL < ((1 - gamma) / gamma)^2 / 8
+    mdp, rng = case
+    mdp = mdp._replace(gamma=(mdp.gamma + 0.99) / 2)
+    old = rng.dirichlet(np.ones(mdp.r.shape[1]), len(mdp.r))
+    new, kl = best_of_the_bound(mdp, old)
+    assert largest_kl(old, new) <= kl * (1 + 1e-9) + EPS
+    assert kl <= ((1 - mdp.gamma) / mdp.gamma) ** 2 / 8
+    assert tm.Config().max_kl / 700 > ((1 - 0.99) / 0.99) ** 2 / 8
+
+
+@given(update_cases())
+def test_the_mean_kl_never_exceeds_the_largest(case):
+    _, info = tm.trpo_update(case.policy, case.theta, make_batch(case))
+    assert info.kl <= info.kl_largest * (1 + len(case.obs) * EPS)
+
+
+def test_an_update_within_the_mean_kl_may_break_the_largest():
+    policy = tm.Policy((2, 2), "categorical", (2,))
+    theta, obs = np.zeros(6), np.repeat(np.eye(2), [99, 1], axis=0)  # a state seen once, with all of the advantage
+    batch = tm.Batch(obs, np.zeros((100, 1), int), obs[:, 1], tm.forward(policy, theta, obs))
+    _, info = tm.trpo_update(policy, theta, batch, tm.Config(max_kl=0.01, damping=1e-3))
+    assert info.accepted and info.kl <= 0.01 < 0.1 < info.kl_largest
+
+
+@given(mdps(largest_gamma=0.9), st.sampled_from([(), (8,)]))
+@settings(max_examples=10)
+def test_updates_with_exact_advantages_climb_to_within_a_percent_of_the_best_policy(case, hidden):
+    mdp, rng = case
+    mdp = mdp._replace(r=rng.random(mdp.r.shape), start=np.full(len(mdp.r), 1 / len(mdp.r)))  # positive values
+    V = np.zeros(len(mdp.r))
+    for _ in range(500):  # value iteration: what is left after it is below 0.9^500
+        V = (mdp.r + mdp.gamma * mdp.P @ V).max(axis=1)
+    policy, theta = softmax_policy(mdp, rng, hidden, scale=0.1)
+    for _ in range(300):
+        theta, _ = tm.trpo_update(policy, theta, exact_batch(mdp, policy, theta), tm.Config(damping=1e-4))
+    assert mdp.solve(table(policy, theta))[0] >= 0.99 * mdp.start @ V
+
+
+def linear_case(head, seed):
+    """A network of one layer, whose F has at most the condition of its inputs, and a batch."""
+    policy, rng = head._replace(sizes=(3, head.sizes[-1])), np.random.default_rng(seed)
+    theta = 0.3 * rng.normal(size=tm.n_params(policy))
+    case = Case(policy, theta, rng.normal(size=(60, 3)), rng)
+    return case, make_batch(case)
+
+
+several_heads = st.sampled_from(
+    [tm.Policy((1, 2), "gaussian"), tm.Policy((1, 3), "categorical", (3,)), tm.Policy((1, 4), "categorical", (2, 2))]
+)
+
+
+@given(several_heads, seeds, st.floats(1.5, 5))
+def test_the_natural_gradient_is_the_same_in_any_linear_coordinates_and_the_plain_one_is_not(head, seed, stretch):
+    # theta = B psi: by the chain rule the gradient is B^T g, the metric B^T F B, and a step dpsi moves theta by B dpsi
+    case, batch = linear_case(head, seed)
+    F = lambda p: tm.fvp(case.policy, case.theta, case.obs, p)  # noqa: E731
+    g = tm.surrogate_grad(case.policy, case.theta, batch)
+    along, across = g / np.linalg.norm(g), case.rng.normal(size=len(g))
+    across -= (across @ along) * along
+    across /= np.linalg.norm(across)
+    u = (along + across) / np.sqrt(2)
+    B = np.eye(len(g)) + (stretch - 1) * np.outer(u, u)
+    step = tm.cg(F, g, 200, 1e-12).x
+    moved = B @ tm.cg(lambda p: B.T @ F(B @ p), B.T @ g, 200, 1e-12).x
+    # as policies: F may have a null space, in which nothing changes
+    assert (moved - step) @ F(moved - step) <= 1e-14 * (step @ F(step))
+    plain = B @ (B.T @ g)
+    k = (stretch**2 - 1) / 2
+    assert isclose(plain @ along / np.linalg.norm(plain), (1 + k) / np.hypot(1 + k, k)) and k > 0.6
+
+
+@given(several_heads, seeds)
+def test_an_undamped_update_does_not_depend_on_the_coordinates_of_the_observations(head, seed):
+    case, batch = linear_case(head, seed)
+    T = np.linalg.qr(case.rng.normal(size=(3, 3)))[0] * case.rng.uniform(0.2, 5, size=3)
+    n = 3 * head.sizes[-1]
+    W = np.linalg.solve(T, case.theta[:n].reshape(3, -1))
+    config = tm.Config(damping=0.0, cg_iters=200, cg_tol=1e-13)
+    new, info = tm.trpo_update(case.policy, case.theta, batch, config)
+    moved, other = tm.trpo_update(
+        case.policy, np.concatenate([W.ravel(), case.theta[n:]]), batch._replace(obs=case.obs @ T), config
+    )
+    assert info.accepted and other.backtracks == info.backtracks
+    mu, mu_moved = tm.forward(case.policy, new, case.obs), tm.forward(case.policy, moved, case.obs @ T)
+    change = mu - batch.mu_old
+    if head.head == "categorical":  # logits are a policy up to a constant for each choice
+        mu, mu_moved = (
+            np.concatenate([z[:, g] - z[:, g].mean(1, keepdims=True) for g in groups(head)], 1) for z in (mu, mu_moved)
+        )
+    assert np.abs(mu - mu_moved).max() <= 1e-6 * np.abs(change).max()
 
 
 # ======================================================================================================== sampling

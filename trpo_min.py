@@ -19,6 +19,7 @@ Each update maximises the surrogate L inside a trust region of the mean KL diver
     E7  accept the first backtrack j with D <= max_kl and L > L(old)
     E8  generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438)
     E9  the value function: least squares on the lambda-returns, by the same F v and conjugate gradients
+    E11 eta(new) - eta(old) >= (L(new) - L(old) - 4 eps gamma max_s KL / (1 - gamma)) / (1 - gamma), eps = max |A|
 
 Dimensions: N rows (state-action pairs), D observation features, K head outputs, A action components,
 P parameters of the policy, Q of the value function, T time steps, E environments, L layers of weights.
@@ -164,6 +165,7 @@ class UpdateInfo(NamedTuple):
     surrogate_old: float  # L(old)
     kl: float  # D(old, theta), nats, E2
     kl_largest: float  # largest KL over the states of the batch, nats
+    adv_largest: float  # largest |A_n|
     entropy: float  # mean entropy, nats
     grad_norm: float  # |g|, E3
     curvature: float  # step_dir^T F step_dir, E6
@@ -864,6 +866,7 @@ def trpo_update(policy, theta, batch, config=Config()):
         scale = float(np.abs(batch.weights * batch.adv).max()) or 1.0
     if scale == np.inf:
         raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
+    adv_largest = float(np.abs(batch.adv).max())
     batch = batch._replace(adv=batch.adv / scale)  # the step is the same; squares of the gradient cannot overflow
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
@@ -882,10 +885,26 @@ def trpo_update(policy, theta, batch, config=Config()):
         surrogate_old=_surrogate(policy, mu_old, batch) * scale,
         kl=float(kl_rows.mean()),
         kl_largest=float(kl_rows.max()),
+        adv_largest=adv_largest,
         entropy=float(entropy(policy, mu).mean()),
         grad_norm=float(np.linalg.norm(grad)) * scale,
         **step | {"cg_residual": step["cg_residual"] * scale},
     )
+
+
+def improvement_lower_bound(surrogate_gain, adv_largest, kl_largest, gamma):
+    """E11: what eta(new) - eta(old) is at least, eta being the expected discounted return.
+
+    (surrogate_gain - 4 eps gamma max_s KL / (1 - gamma)) / (1 - gamma).  surrogate_gain: L(new) - L(old), a mean over
+    the states that old visits, discounted; eps = adv_largest: the largest |A(s, a)|; kl_largest: max_s KL(old || new),
+    nats; all three are in UpdateInfo, as far as its batch knows them.  The paper adds up over the states where E1 takes
+    the mean, hence the last (1 - gamma).  Very loose: see the README.  Source: Schulman et al. 2015, theorem 1.
+    """
+    _check_number("gamma", gamma, float, "[0, 1)")
+    _check_number("surrogate_gain", surrogate_gain, float, "(-inf, inf)")
+    _check_number("adv_largest", adv_largest, float, "[0, inf)")
+    _check_number("kl_largest", kl_largest, float, "[0, inf)")
+    return (surrogate_gain - 4 * adv_largest * gamma * kl_largest / (1 - gamma)) / (1 - gamma)
 
 
 # ============================================================================ E8, E9: advantages and the value function
@@ -1479,8 +1498,8 @@ def _progress_printer():
         now, returns = time.perf_counter(), state.returns or (np.nan,)
         rate, last[:] = (state.steps - last[1]) / (now - last[0]), (now, state.steps)
         print(
-            f"{state.steps:9,} steps  return {np.mean(returns):8.1f}  KL {info.kl:.4f}  "
-            f"entropy {info.entropy:5.2f}  EV {explained:5.2f}  {rate:6,.0f}/s",
+            f"{state.steps:9,}  return {np.mean(returns):6.1f}  KL {info.kl:.4f} max {info.kl_largest:.3f}  "
+            f"entropy {info.entropy:5.2f}  EV {explained:4.0%}  {rate:6,.0f}/s",
             end=end,
             flush=True,
         )
