@@ -2308,7 +2308,7 @@ def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
 def test_a_signal_stops_a_run_after_the_update_and_saves_it(tmp_path, name):
     command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Pendulum-v1", "--out", "here"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "steps  return" not in process.stdout.readline():  # trains by now
+    while "  return " not in process.stdout.readline():  # trains by now
         assert process.poll() is None, process.stderr.read()
     process.send_signal(getattr(signal, name))
     output, errors = process.communicate(timeout=60)
@@ -2323,7 +2323,7 @@ def test_a_second_signal_interrupts_a_long_update_and_still_saves(tmp_path):
     process = subprocess.Popen(
         [*command, "--rollout-steps", "20000"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while "steps  return" not in process.stdout.readline():
+    while "  return " not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)

@@ -19,6 +19,7 @@ Each update maximises the surrogate L inside a trust region of the mean KL diver
     E7  accept the first backtrack j with D <= max_kl and L > L(old)
     E8  generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438)
     E9  the value function: least squares on the lambda-returns, by the same F v and conjugate gradients
+    E10 vine sampling: K actions in each of some states, A by short branch rollouts; w_n exp(...) self-normalised
     E11 eta(new) - eta(old) >= (L(new) - L(old) - 4 eps gamma max_s KL / (1 - gamma)) / (1 - gamma), eps = max |A|
 
 Dimensions: N rows (state-action pairs), D observation features, K head outputs, A action components,
@@ -27,6 +28,7 @@ P parameters of the policy, Q of the value function, T time steps, E environment
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import difflib
 import functools
@@ -109,6 +111,12 @@ class Config(NamedTuple):
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments"] = 1024
     gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.99
     lam: Annotated[float, "[0, 1]", "lambda of the advantage estimator: 0 TD error, 1 Monte Carlo"] = 0.95
+    sampling: Annotated[str, "single_path vine", "what advantages come from: the steps taken, or branches off them"] = (
+        "single_path"
+    )
+    vine_states: Annotated[int, "[1, inf)", "vine: states per update to branch from, over all environments"] = 64
+    vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
+    vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.01
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solves of both networks; not in the step length"] = (
         0.1
@@ -154,6 +162,7 @@ class Batch(NamedTuple):
     adv: np.ndarray  # (N,) advantages, centred by the caller if wanted
     mu_old: np.ndarray  # (N, K) head outputs of the policy that sampled
     weights: np.ndarray | float = 1.0  # (N,) or one number: w_n of E1
+    group: int = 1  # K: each K rows in turn are actions of one state, whose weighted ratios are self-normalised, E10
 
 
 class UpdateInfo(NamedTuple):
@@ -256,7 +265,12 @@ def _check_batch(policy, theta, batch):
     adv = _finite("adv", batch.adv, (n,), dtype)
     mu_old = _finite("mu_old", batch.mu_old, (n, n_outputs(policy)), dtype)
     weights = _finite("weights", batch.weights, (n,) if np.ndim(batch.weights) else (), dtype)
-    return theta, Batch(obs, actions, adv, mu_old, weights)
+    _check_number("group", batch.group, int, "[1, inf)")
+    if n % batch.group:
+        raise ValueError(f"group must divide the number of rows, {n}, got {batch.group}")
+    if batch.group > 1 and not (_group_mean(np.broadcast_to(weights, n), batch.group) > 0).all():
+        raise ValueError("weights must add up to a positive number in each group")
+    return theta, Batch(obs, actions, adv, mu_old, weights, int(batch.group))
 
 
 def _check_mu_old(mu_old, mu):
@@ -796,27 +810,46 @@ def _fisher(policy, theta, acts):
 
 
 # ========================================================================================== E1 to E7: the policy update
-def _surrogate(policy, mu, batch):
+def _group_mean(rows, group):
+    return np.repeat(rows.reshape(-1, group).mean(axis=1), group)
+
+
+def _weighted_ratio(policy, mu, batch):
+    """w_n pi(a_n|s_n) / pi_old(a_n|s_n) (N,), E1; in groups, divided by the mean over the group, E10."""
     ratio = np.exp(log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions))
-    return float(np.mean(batch.weights * ratio * batch.adv))
+    ratio = batch.weights * ratio
+    return ratio / _group_mean(ratio, batch.group) if batch.group > 1 else ratio
+
+
+def _surrogate(policy, mu, batch):
+    return float(np.mean(_weighted_ratio(policy, mu, batch) * batch.adv))
 
 
 def surrogate(policy, theta, batch):
-    """L(theta) = mean_n w_n pi_theta(a_n|s_n) / pi_old(a_n|s_n) A_n, E1, to be maximised."""
+    """L(theta) = mean_n w_n pi_theta(a_n|s_n) / pi_old(a_n|s_n) A_n, E1, to be maximised.
+
+    In groups of K rows, E10: the mean over states of sum_k r_k A_k / sum_k r_k, r_k = w_k pi_theta / pi_old.  With
+    every action of a state and w_k = K pi_old(a_k) that is the full sum over actions, sum_a pi_theta(a|s) A(s, a).
+    """
     theta, batch = _check_batch(policy, theta, batch)
     return _surrogate(policy, forward(policy, theta, batch.obs), batch)
 
 
 def _surrogate_grad(policy, theta, acts, batch):
     mu = _outputs(policy, theta, acts)
-    ratio = np.exp(log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions))
-    per_row = batch.weights * ratio * batch.adv / len(mu)
+    ratio, adv = _weighted_ratio(policy, mu, batch), batch.adv
+    if batch.group > 1:  # the derivative of the normalisation
+        adv = adv - _group_mean(ratio * adv, batch.group)
+    per_row = ratio * adv / len(mu)
     return _vjp(policy, theta, acts, score(policy, mu, batch.actions) * per_row[:, None])
 
 
 @_one_blas_thread()
 def surrogate_grad(policy, theta, batch):
-    """grad L (P,) at theta: mean_n J_n^T score_n w_n ratio_n A_n; E3 where theta is old and every ratio is 1."""
+    """grad L (P,) at theta: mean_n J_n^T score_n w_n ratio_n A_n; E3 where theta is old and every ratio is 1.
+
+    In groups, E10: w_n ratio_n is self-normalised, and A_n counts from its mean over the group so weighted.
+    """
     theta, batch = _check_batch(policy, theta, batch)
     return _surrogate_grad(policy, theta, _activations(theta, np.array(policy.sizes), batch.obs), batch)
 
@@ -1104,6 +1137,76 @@ def _spec(envs):
     return envs.spec or (envs.get_attr("spec")[0] if hasattr(envs, "get_attr") else None)
 
 
+# ================================================================================ saving and restoring environments
+def _layers(env):
+    """env, what it wraps, and so on down to the environment itself."""
+    layers = [env]
+    while layers[-1] is not env.unwrapped:
+        layers.append(layers[-1].env)
+    return layers
+
+
+def _shared(layers):
+    """A memo for copy.deepcopy of what no copy is made of: the layers themselves, and MuJoCo's model and data."""
+    native = [each for layer in layers for each in vars(layer).values() if type(each).__name__ in ("MjModel", "MjData")]
+    return {id(each): each for each in (*layers, *native)}
+
+
+def save_env(env):
+    """All that env and its wrappers know, for restore_env.
+
+    Attribute by attribute: a deepcopy of the environment itself would be a new one, not yet reset, where its class is
+    an EzPickle, as all of MuJoCo's are.  MuJoCo's data is copied whole: the positions of bodies, which Ant and Humanoid
+    read before they step, are not in the state that mj_getState returns, and lag it by a substep.
+    """
+    layers = _layers(env)
+    physics = {name: copy.copy(each) for name, each in vars(env.unwrapped).items() if type(each).__name__ == "MjData"}
+    return copy.deepcopy([vars(layer) for layer in layers], _shared(layers)), physics
+
+
+def restore_env(env, saved):
+    """Put env back to where save_env(env) was called, random generators included; saved stays as it is."""
+    layers, (attributes, physics) = _layers(env), saved
+    for layer, old in zip(layers, copy.deepcopy(attributes, _shared(layers)), strict=True):
+        vars(layer).clear()
+        vars(layer).update(old)
+    for name, data in physics.items():
+        import mujoco
+
+        mujoco.mj_copyData(getattr(env.unwrapped, name), env.unwrapped.model, data)
+
+
+def _check_restorable(env):
+    """ValueError of one sentence unless env, restored twice, repeats 100 transitions bit for bit."""
+    from gymnasium.spaces import flatten
+
+    space = copy.deepcopy(env.action_space)
+    space.seed(0)
+    actions = [space.sample() for _ in range(110)]
+
+    def play(actions):
+        for action in actions:
+            obs, reward, terminated, truncated, _ = env.step(action)
+            yield flatten(env.observation_space, obs).tobytes(), float(reward), bool(terminated), bool(truncated)
+            if terminated or truncated:
+                obs, _ = env.reset()
+                yield flatten(env.observation_space, obs).tobytes()
+
+    env.reset(seed=0)
+    list(play(actions[:10]))
+    try:
+        saved = save_env(env)
+        first, repeats = list(play(actions[10:])), []
+        for _ in range(2):
+            restore_env(env, saved)
+            repeats.append(list(play(actions[10:])))
+        why = None if repeats == [first, first] else "restored, it does not repeat the same transitions"
+    except Exception as error:  # what a class raises that cannot be copied is its own choice
+        why = error
+    if why:
+        raise ValueError(f"vine sampling needs an environment that can be saved and restored, not {env}: {why}")
+
+
 # ============================================================================================================= sampling
 class Runner(NamedTuple):
     """Where the environments stand between rollouts."""
@@ -1126,11 +1229,12 @@ class Rollout(NamedTuple):
     terminated: np.ndarray  # (T, E)
     truncated: np.ndarray  # (T, E)
     real: np.ndarray  # (T, E)
-    discounted: np.ndarray  # (T, E) as in Runner; its deviation is the scale of the rewards
+    discounted: np.ndarray  # (T, E) as in Runner; its deviation is the scale of the rewards; 0 in branches
     last_obs: np.ndarray  # (E, D) raw, after the last step
     final_at: list  # (t, e) of each row that was truncated and not terminated
     final_obs: list  # (D,) raw, the last observation of each: what the row bootstraps from
     episodes: list  # (return, length) of each episode that ended
+    saved: list  # (t, [save_env of each environment]) before some of the steps: the rollout set of vine sampling
 
 
 @jit
@@ -1149,6 +1253,17 @@ def _act_rows(theta, sizes, nvec, log_std, raw, mean, inverse_std, limit, noise,
     return finite
 
 
+def _actor(policy, theta, obs_stats, n_rows):
+    """step(raw, noise, obs, mu, actions): one vector step of the policy, out of raw (n_rows, D) and noise."""
+    fixed = theta, np.array(policy.sizes), np.array(policy.nvec, np.int64), theta[_n_weights(policy) :]
+    normalizer, acts = _normalizer(obs_stats), np.empty(n_rows * sum(policy.sizes), theta.dtype)
+
+    def step(raw, noise, obs, mu, actions):
+        _check_observed(_act_rows(*fixed, raw, *normalizer, noise, acts, obs, mu, actions), raw)
+
+    return step
+
+
 def _first_runner(envs, seed):
     n, zeros = envs.num_envs, np.zeros(envs.num_envs)
     obs, _ = envs.reset(seed=seed)
@@ -1161,11 +1276,17 @@ def _check_observed(finite, obs):
         raise ValueError(f"the environment returned an observation with NaN or infinity: {obs}")
 
 
+def _check_rewards(rewards):
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"the environment returned a reward of {rewards[~np.isfinite(rewards)][0]}")
+
+
 @_one_blas_thread()
-def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
+def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99, n_saved=0):
     """n_steps of every environment under theta, from where runner stands: returns (Rollout, Runner).
 
     The rows are those of a serial loop in each environment, whatever the autoreset mode.  obs_stats stays as it is.
+    The environments are saved, for branch, before n_saved of the steps, evenly spaced.
     Raises ValueError where an observation or a reward is not finite.
     """
     from gymnasium.spaces import flatten
@@ -1176,18 +1297,15 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
     raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
     mu, (noise, actions) = np.empty((n_steps, E, K), theta.dtype), _draw(policy, rng, (n_steps, E), theta.dtype)
     rewards, discounted, flags = *np.empty((2, n_steps, E)), np.empty((3, n_steps, E), bool)
-    sizes, nvec = np.array(policy.sizes), np.array(policy.nvec, np.int64)
-    log_std, acts = theta[_n_weights(policy) :], np.empty(E * sum(policy.sizes), theta.dtype)
-    normalizer = _normalizer(obs_stats)
+    step, save_at = _actor(policy, theta, obs_stats, E), {i * n_steps // n_saved for i in range(n_saved)}
     current, resetting, running = runner.obs, runner.resetting, runner.discounted
     episode_return, episode_length = runner.episode_return.copy(), runner.episode_length.copy()
-    final_at, final_obs, episodes = [], [], []
+    final_at, final_obs, episodes, saved = [], [], [], []
     for t in range(n_steps):
+        if t in save_at:
+            saved.append((t, [save_env(env) for env in envs.envs]))
         raw_obs[t] = current
-        finite = _act_rows(
-            theta, sizes, nvec, log_std, raw_obs[t], *normalizer, noise[t], acts, obs[t], mu[t], actions[t]
-        )
-        _check_observed(finite, current)
+        step(raw_obs[t], noise[t], obs[t], mu[t], actions[t])
         current, rewards[t], terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
         current = flatten_obs(space, current, E)
         flags[:, t] = terminated, truncated, ~resetting
@@ -1207,10 +1325,75 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99):
                 current = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
         resetting = ended if mode == AutoresetMode.NEXT_STEP else np.zeros(E, bool)
     _check_observed(np.isfinite(current).all(), current)
-    if not np.isfinite(rewards).all():
-        raise ValueError(f"the environment returned a reward of {rewards[~np.isfinite(rewards)][0]}")
-    rollout = Rollout(raw_obs, obs, mu, actions, rewards, *flags, discounted, current, final_at, final_obs, episodes)
+    _check_rewards(rewards)
+    ends = current, final_at, final_obs, episodes, saved
+    rollout = Rollout(raw_obs, obs, mu, actions, rewards, *flags, discounted, *ends)
     return rollout, Runner(current, resetting, episode_return, episode_length, running)
+
+
+# =================================================================================================== E10: vine sampling
+def _every_action(policy, most):
+    """All joint choices (K, A) of a categorical policy if there are no more than most; else None."""
+    few = policy.head == "categorical" and np.prod(policy.nvec, dtype=float) <= most
+    return np.indices(policy.nvec).reshape(len(policy.nvec), -1).T if few else None
+
+
+def _n_actions(policy, config):
+    every = _every_action(policy, config.vine_actions)
+    return config.vine_actions if every is None else len(every)
+
+
+@_one_blas_thread()
+def branch(envs, policy, theta, obs_stats, rollout, rng, config):
+    """From each state in rollout.saved, K branches of at most vine_steps steps: a Rollout whose columns are branches.
+
+    The first actions are every action of a small discrete space, else samples.  The K branches of a state, side by
+    side, share their random numbers from then on: the noise of the actions and the environment's own generator, which
+    is restored with it.  Afterwards the environments are where they were.  Source: Schulman et al. 2015, section 5.2.
+    """
+    from gymnasium.spaces import flatten
+
+    envs, every, S, L = envs.envs, _every_action(policy, config.vine_actions), len(rollout.saved), config.vine_steps
+    shape = S, _n_actions(policy, config), L, len(envs)  # states of each environment, K, L, E
+    noise, actions = _draw(policy, rng, shape, theta.dtype)
+    noise[:, :, 1:] = noise[:, :1, 1:]
+    raw_obs, last_obs = np.zeros((*shape, policy.sizes[0])), np.zeros((*shape[:2], len(envs), policy.sizes[0]))
+    obs, mu = (np.zeros((*shape, n), theta.dtype) for n in (policy.sizes[0], n_outputs(policy)))
+    rewards, flags, final_at, final_obs = np.zeros(shape), np.zeros((3, *shape), bool), [], []
+    step, before = _actor(policy, theta, obs_stats, len(envs)), [save_env(env) for env in envs]
+    for s, k in np.ndindex(shape[:2]):
+        t, saved = rollout.saved[s]
+        for env, each in zip(envs, saved, strict=True):
+            restore_env(env, each)
+        current, running = last_obs[s, k], np.ones(len(envs), bool)
+        current[:] = rollout.raw_obs[t]
+        for i in range(L):
+            at = s, k, i
+            raw_obs[at] = current
+            step(raw_obs[at], noise[at], obs[at], mu[at], actions[at])
+            if i == 0 and every is not None:
+                actions[at] = every[k]
+            env_actions = _env_actions(policy, actions[at])
+            for e in np.flatnonzero(running):
+                seen, rewards[(*at, e)], terminated, truncated, _ = envs[e].step(env_actions[e])
+                current[e] = flatten(envs[e].observation_space, seen)
+                flags[(slice(None), *at, e)] = terminated, truncated, True
+                running[e] = not (terminated or truncated)
+                if truncated and not terminated:
+                    final_at.append((i, (s * len(envs) + e) * shape[1] + k))
+                    final_obs.append(current[e].copy())
+            if not running.any():
+                break
+        _check_observed(np.isfinite(current).all(), current)
+    _check_rewards(rewards)
+    for env, each in zip(envs, before, strict=True):
+        restore_env(env, each)
+
+    def columns(array):  # (S, K, L, E, ...) -> (L, S E K, ...)
+        return array.transpose(2, 0, 3, 1, *range(4, array.ndim)).reshape(array.shape[2], -1, *array.shape[4:])
+
+    arrays = (columns(each) for each in (raw_obs, obs, mu, actions, rewards, *flags, np.zeros(shape)))
+    return Rollout(*arrays, columns(last_obs[:, :, None])[0], final_at, final_obs, [], [])
 
 
 # ============================================================================================================= training
@@ -1242,11 +1425,12 @@ def init_state(env, policy, config, seed):
     return TrainState(env, config, policy, theta, value, phi, *empty, rng.bit_generator.state)
 
 
-def _centre(adv):
-    """adv minus its mean; exactly 0 where what is left is no more than the rounding of that mean."""
-    centred = adv - adv.mean()
-    noise = len(adv) * np.finfo(adv.dtype).eps * np.abs(adv).max()
-    return centred if np.abs(centred).max() > noise else np.zeros_like(adv)
+def _centre(adv, weights=1.0, group=None):
+    """adv minus its weighted mean over each group (None: over all); 0 where what is left is that mean's rounding."""
+    group = group or len(adv)
+    centred = adv - _group_mean(weights * adv, group)
+    noise = group * np.finfo(adv.dtype).eps * np.abs(adv).reshape(-1, group).max(axis=1)
+    return np.where(np.repeat(np.abs(centred).reshape(-1, group).max(axis=1) > noise, group), centred, 0)
 
 
 def _advantages(state, rollout, rewards):
@@ -1265,9 +1449,18 @@ def _advantages(state, rollout, rewards):
     return gae(rewards, values, next_values, rollout.terminated, rollout.truncated, config.gamma, config.lam)
 
 
-def learn(state, rollout):
+def _vine_batch(policy, config, branches, adv):
+    """E10: the first step of each branch; adv is Q - V with Q the lambda-return of the branch, closed with V."""
+    obs, actions, mu, K = branches.obs[0], branches.actions[0], branches.mu[0], _n_actions(policy, config)
+    full = _every_action(policy, config.vine_actions) is not None
+    weights = K * np.exp(log_prob(policy, mu, actions)) if full else np.ones_like(adv[0])
+    return Batch(obs, actions, _centre(adv[0], weights, K), mu, weights, K)
+
+
+def learn(state, rollout, branches=None):
     """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
 
+    With branches, the policy learns from these, and the value function from all rows whose action was the policy's.
     Observation statistics move last: rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo,
     explained variance of the value function on the rollout).
     """
@@ -1275,10 +1468,19 @@ def learn(state, rollout):
     reward_stats = state.reward_stats
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
-    adv, returns = _advantages(state, rollout, rollout.rewards * _inverse_std(reward_stats)[0])
-    batch = Batch(rollout.obs[real], rollout.actions[real], _centre(adv[real]), rollout.mu[real])
+    scale, n_steps = _inverse_std(reward_stats)[0], int(real.sum())
+    adv, returns = _advantages(state, rollout, rollout.rewards * scale)
+    seen, targets = rollout.obs[real], returns[real]
+    if branches is None:
+        batch = Batch(seen, rollout.actions[real], _centre(adv[real]), rollout.mu[real])
+    else:
+        branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
+        batch = _vine_batch(state.policy, config, branches, branch_adv)
+        later, n_steps = branches.real[1:], n_steps + int(branches.real.sum())
+        seen = np.concatenate([seen, branches.obs[1:][later]])
+        targets = np.concatenate([targets, branch_returns[1:][later]])
     theta, info = trpo_update(state.policy, state.theta, batch, config)
-    phi = fit_value(state.value, state.phi, batch.obs, returns[real], config)
+    phi = fit_value(state.value, state.phi, seen, targets, config)
     obs_stats = update_stats(state.obs_stats, rollout.raw_obs[real]) if config.normalize_obs else state.obs_stats
     variance = returns[real].var()
     explained = 1 - adv[real].var() / variance if variance > 0 else 0.0
@@ -1289,7 +1491,7 @@ def learn(state, rollout):
             phi=phi,
             obs_stats=obs_stats,
             reward_stats=reward_stats,
-            steps=state.steps + int(real.sum()),
+            steps=state.steps + n_steps,
             updates=state.updates + 1,
             episodes=state.episodes + len(rollout.episodes),
             returns=tuple(total for total, _ in last_100),
@@ -1300,13 +1502,33 @@ def learn(state, rollout):
     )
 
 
+def _vine_plan(envs, policy, config):
+    """How often a rollout saves the environments for branches, and the most steps that an update takes."""
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    if type(envs) is not SyncVectorEnv or envs.metadata["autoreset_mode"] != AutoresetMode.DISABLED:
+        raise ValueError(
+            "vine sampling restores environments one by one: give it an id, a callable, a gym.Env, or a SyncVectorEnv "
+            f"with autoreset_mode DISABLED, not {envs}"
+        )
+    for env in envs.envs:
+        _check_restorable(env)
+    n_steps, n_saved = (-(-n // envs.num_envs) for n in (config.rollout_steps, config.vine_states))
+    n_saved = min(n_saved, n_steps)
+    most = envs.num_envs * (n_steps + n_saved * _n_actions(policy, config) * config.vine_steps)
+    if most > config.total_steps:
+        raise ValueError(f"total_steps must be at least the {most} of one update with vine, got {config.total_steps}")
+    return n_saved, most
+
+
 def train(env, config=Config(), *, seed=0, callback=None):
     """Train a policy: returns the TrainState.
 
     env: an id, a callable that makes a gym.Env, or one gym.Env or VectorEnv, which then sets the number of
     environments.  callback(state, info, explained variance) is called after each update; returning True stops.  Stops
-    before total_steps only at the environment's reward threshold, if stop_when_solved.  An exception that leaves
-    train, an interrupt as well, carries the state after the last finished update as its attribute .state.
+    before total_steps at the environment's reward threshold, if stop_when_solved, and with vine sampling where another
+    update might take more steps than are left.  An exception that leaves train, an interrupt as well, carries the
+    state after the last finished update as its attribute .state.
     """
     check_config(config)
     envs, made_here = _make_envs(env, config)
@@ -1314,18 +1536,21 @@ def train(env, config=Config(), *, seed=0, callback=None):
     spec = _spec(envs)
     state = init_state(spec.id if spec else type(envs.unwrapped).__name__, policy, config, seed)
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
+    n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, 1)
     stop, handled = False, sys.exc_info()[1]
     try:
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng_state
         runner = _first_runner(envs, int(rng.integers(2**31)))
-        while not stop and not state.solved and state.steps < config.total_steps:
+        while not stop and not state.solved and state.steps + least <= config.total_steps:
             n_steps = min(config.rollout_steps, config.total_steps - state.steps)
             n_steps = -(-n_steps // envs.num_envs)
-            rollout, runner = collect(envs, policy, state.theta, state.obs_stats, runner, rng, n_steps, config.gamma)
+            now = envs, policy, state.theta, state.obs_stats
+            rollout, runner = collect(*now, runner, rng, n_steps, config.gamma, n_saved)
             if not rollout.real.any():  # a rollout of one step, in which every environment was reset
                 continue
-            state, info, explained = learn(state._replace(rng_state=rng.bit_generator.state), rollout)
+            branches = branch(*now, rollout, rng, config) if n_saved else None
+            state, info, explained = learn(state._replace(rng_state=rng.bit_generator.state), rollout, branches)
             if threshold is not None and len(state.returns) == 100:
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = callback is not None and callback(state, info, explained)
