@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from itertools import pairwise
@@ -25,8 +26,9 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 from gymnasium import spaces
+from gymnasium.utils import EzPickle
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import trpo_min as tm
@@ -34,8 +36,10 @@ import trpo_min as tm
 EPS = np.finfo(np.float64).eps
 HERE = Path(__file__).parent
 
-settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
-settings.register_profile("quick", deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
+common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("default", max_examples=60, **common)
+settings.register_profile("quick", max_examples=15, phases=NO_SHRINKING, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
@@ -752,25 +756,21 @@ def test_every_parameter_moves_the_policy_and_has_a_gradient(head):
 
 # ================================================================================================ E1 to E7: the update
 def slow_surrogate(policy, theta, batch):
-    mu = dense_forward(policy, theta, batch.obs)
-    total = 0.0
-    for n in range(len(batch.obs)):
+    mu, ratio = dense_forward(policy, theta, batch.obs), np.empty(len(batch.obs))
+    for n, weight in enumerate(np.broadcast_to(batch.weights, len(ratio))):
         log_ratio = 0.0
-        for new, old, sign in ((mu, batch.mu_old, 1),):
+        for m, sign in ((mu, 1), (batch.mu_old, -1)):
             if policy.head == "gaussian":
                 A = policy.sizes[-1]
-                log_ratio = sum(
-                    scipy.stats.norm.logpdf(batch.actions[n], m[n, :A], np.exp(m[n, A:])).sum() * s
-                    for m, s in ((new, sign), (old, -sign))
-                )
+                log_ratio += sign * scipy.stats.norm.logpdf(batch.actions[n], m[n, :A], np.exp(m[n, A:])).sum()
             else:
-                log_ratio = sum(
-                    s * scipy.special.log_softmax(m[n, g])[batch.actions[n, i]]
-                    for m, s in ((new, sign), (old, -sign))
-                    for i, g in enumerate(groups(policy))
-                )
-        total += np.broadcast_to(batch.weights, len(batch.obs))[n] * np.exp(log_ratio) * batch.adv[n]
-    return total / len(batch.obs)
+                for i, g in enumerate(groups(policy)):
+                    log_ratio += sign * scipy.special.log_softmax(m[n, g])[batch.actions[n, i]]
+        ratio[n] = weight * np.exp(log_ratio)
+    if batch.group == 1:
+        return ratio @ batch.adv / len(ratio)
+    states = [slice(n, n + batch.group) for n in range(0, len(ratio), batch.group)]
+    return sum(ratio[s] @ batch.adv[s] / ratio[s].sum() for s in states) / len(states)
 
 
 def update_cases():
@@ -780,19 +780,23 @@ def update_cases():
 CONFIG = tm.Config(damping=1e-3)
 
 
-@given(gentle(), seeds)
-def test_surrogate_is_its_formula_with_weights(case, seed):
-    case = mild(case)
-    batch = make_batch(case)._replace(weights=np.random.default_rng(seed).uniform(0, 2, len(case.obs)))
+def grouped(case, group):
+    """The batch of make_batch with weights, its rows group by group actions of one state, as vine sampling has them."""
+    case = case._replace(obs=np.repeat(case.obs, group, axis=0))
+    return case, make_batch(case)._replace(weights=case.rng.uniform(0, 2, len(case.obs)), group=group)
+
+
+@given(gentle(), st.integers(1, 4))
+def test_surrogate_is_its_formula_with_weights_and_self_normalised_in_groups(case, group):
+    case, batch = grouped(mild(case), group)
     theta = case.theta + 0.1 * case.rng.normal(size=case.theta.shape)
     expected = slow_surrogate(case.policy, theta, batch)
     assert isclose(tm.surrogate(case.policy, theta, batch), expected, rtol=1e-9, atol=1e-10)
 
 
-@given(gentle(), st.booleans())
-def test_surrogate_grad_is_its_derivative_at_old_and_elsewhere(case, elsewhere):
-    case = mild(case)
-    batch = make_batch(case)._replace(weights=case.rng.uniform(0, 2, len(case.obs)))
+@given(gentle(), st.booleans(), st.integers(1, 4))
+def test_surrogate_grad_is_its_derivative_at_old_and_elsewhere_and_in_groups(case, elsewhere, group):
+    case, batch = grouped(mild(case), group)
     theta = case.theta + 0.05 * elsewhere * case.rng.normal(size=case.theta.shape)
     d = case.rng.normal(size=theta.shape)
     d /= np.linalg.norm(d) * (1 + np.abs(case.obs).max())
@@ -805,6 +809,21 @@ def test_surrogate_grad_is_its_derivative_at_old_and_elsewhere(case, elsewhere):
         + np.abs(batch.adv).max() * np.abs(tm.score(case.policy, batch.mu_old, batch.actions)).max() ** 5
     )
     assert abs(tm.surrogate_grad(case.policy, theta, batch) @ d - difference) <= 1e3 * scale * (h**4 + EPS / h)
+
+
+@given(gentle(), st.integers(2, 4))
+def test_a_baseline_added_in_each_state_changes_nothing_in_groups(case, group):
+    case, batch = grouped(mild(case), group)
+    baseline = np.repeat(case.rng.normal(size=len(case.obs) // group), group)
+    shifted = batch._replace(adv=batch.adv + baseline)
+    grad, other = (tm.surrogate_grad(case.policy, case.theta, b) for b in (batch, shifted))
+    size = np.abs(tm.score(case.policy, batch.mu_old, batch.actions)).max()
+    bound = size_of(case.policy, case.theta, case.obs, np.ones_like(case.theta))[1].max() + 1
+    rounding = tolerance(case, (1 + np.abs(shifted.adv).max()) * size * bound)
+    assert np.abs(grad - other).max() <= rounding
+    theta = case.theta + 0.1 * case.rng.normal(size=case.theta.shape)
+    gain = [tm.surrogate(case.policy, theta, b) - tm.surrogate(case.policy, case.theta, b) for b in (batch, shifted)]
+    assert isclose(*gain, rtol=0, atol=1e-12 * (1 + np.abs(shifted.adv).max()))
 
 
 @given(cases(heads=("categorical",), max_rows=10, wide=6, scales=(0.3, 1.0)))
@@ -1245,14 +1264,32 @@ def test_the_surrogate_has_the_gradient_of_the_return_at_old(case, hidden):
     mdp, rng = case
     policy, theta = softmax_policy(mdp, rng, hidden)
     batch = exact_batch(mdp, policy, theta)
-    grad_eta = np.empty_like(theta)
-    for k in range(len(theta)):
-        moved = theta.astype(complex)
-        moved[k] += 1e-30j
-        grad_eta[k] = mdp.solve(table(policy, moved))[0].imag / 1e-30
+    grad_eta = gradient_of_the_return(mdp, policy, theta)
     assert abs(tm.surrogate(policy, theta, batch)) <= mdp.rounding(batch.adv)  # L_old(old) = eta(old)
     difference = tm.surrogate_grad(policy, theta, batch) / (1 - mdp.gamma) - grad_eta
     assert np.abs(difference).max() <= mdp.rounding(batch.adv)
+
+
+def gradient_of_the_return(mdp, policy, theta):
+    """By complex steps through the exact solution."""
+    steps = theta + 1e-30j * np.eye(len(theta))
+    return np.array([mdp.solve(table(policy, moved))[0].imag / 1e-30 for moved in steps])
+
+
+@given(mdps(), st.sampled_from([(), (4,)]))
+def test_the_full_sum_over_actions_with_exact_q_is_the_exact_policy_gradient(case, hidden):
+    mdp, rng = case
+    policy, theta = softmax_policy(mdp, rng, hidden)
+    S, A = mdp.r.shape
+    pi = table(policy, theta)
+    _, Q, _, visits = mdp.solve(pi)
+    total = np.zeros_like(theta)
+    for s in range(S):  # of each state, every action
+        obs = np.tile(np.eye(S)[s], (A, 1))
+        mu = tm.forward(policy, theta, obs)
+        batch = tm.Batch(obs, np.arange(A)[:, None], Q[s], mu, A * pi[s], A)
+        total += visits[s] * tm.surrogate_grad(policy, theta, batch)
+    assert np.abs(total - gradient_of_the_return(mdp, policy, theta)).max() <= mdp.rounding(Q)
 
 
 @given(mdps(), st.floats(0, 1))
@@ -1687,6 +1724,315 @@ def test_constant_advantages_are_centred_to_zero_and_not_to_their_rounding():
     assert (tm._centre(adv) == adv - adv.mean()).all()
 
 
+# ====================================================================================================== E10: vine
+class Finite(gym.Env):
+    """An MDP to step in, from its own generator: u below the cumulative chances."""
+
+    def __init__(self, mdp):
+        self.mdp, (S, A) = mdp, mdp.r.shape
+        self.observation_space, self.action_space = spaces.Discrete(S), spaces.Discrete(A)
+
+    def _draw(self, chances):
+        return int(min(np.searchsorted(np.cumsum(chances), self.np_random.random(), side="right"), len(chances) - 1))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self._draw(self.mdp.start)
+        return self.state, {}
+
+    def step(self, action):
+        reward = self.mdp.r[self.state, action]
+        self.state = self._draw(self.mdp.P[self.state, action])
+        return self.state, reward, False, False, {}
+
+
+def repeated_q(mdp, theta, config, n, seed):
+    """Q (n, K) by n sets of branches from one state, closed with the exact V; the state, and the actions (n, K)."""
+    envs = SyncVectorEnv([lambda: Finite(mdp)], autoreset_mode=AutoresetMode.DISABLED)
+    state, runner = start(envs, config, seed)
+    pi = table(state.policy, theta)
+    V = (pi * mdp.solve(pi)[1]).sum(axis=1)
+    state = state._replace(theta=theta, phi=np.append(V, 0.0))
+    now, rng = (envs, state.policy, theta, state.obs_stats), np.random.default_rng(seed)
+    rollout, _ = tm.collect(*now, runner, rng, 2, 0.9, 1)
+    branches = tm.branch(*now, rollout._replace(saved=rollout.saved * n), rng, config)
+    q = tm._advantages(state, branches, branches.rewards)[1][0].reshape(n, -1)
+    return q, rollout.raw_obs[0, 0].argmax(), branches.actions[0, :, 0].reshape(n, -1)
+
+
+@given(seeds, st.integers(2, 4), st.sampled_from([1, 3, 6]), st.sampled_from([0.0, 0.7, 1.0]))
+@settings(max_examples=8, phases=NO_SHRINKING)
+def test_q_of_the_branches_is_unbiased_and_its_error_falls_as_one_over_the_root_of_their_number(seed, A, L, lam):
+    rng, n = np.random.default_rng(seed), 2048
+    mdp = MDP(rng.dirichlet(np.full(3, 3.0), (3, A)), rng.normal(size=(3, A)), np.full(3, 1 / 3), 0.9)
+    policy, theta = softmax_policy(mdp, rng, scale=0.5)
+    config = tm.Config(hidden=(), gamma=mdp.gamma, lam=lam, vine_actions=3, vine_steps=L)
+    q, at, actions = repeated_q(mdp, theta, config, n, seed)
+    pi = table(policy, theta)
+    exact = mdp.solve(pi)[1][at]
+    if A <= 3:
+        assert (actions == np.arange(A)).all()
+    else:  # samples of the policy
+        chances = np.bincount(actions.ravel(), minlength=A) / actions.size
+        assert (np.abs(chances - pi[at]) <= 5 / np.sqrt(actions.size)).all()
+    error = q - exact[actions]
+    assert (np.abs(error.mean(axis=0)) <= 5 * error.std(axis=0) / np.sqrt(n)).all()  # a chance of 6e-7 each
+    means = error.reshape(n // 16, 16, -1).mean(axis=1)
+    # a mean of 16 has a sixteenth of the mean square, which n / 16 of them tell to a relative sqrt(2 * 16 / n)
+    assert abs((means**2).mean() / (error**2).mean() * 16 - 1) <= 5 * np.sqrt(32 / n)
+
+
+@given(seeds, st.integers(2, 5), st.sampled_from([2, 6]))
+@settings(max_examples=6, phases=NO_SHRINKING)
+def test_common_random_numbers_never_raise_the_variance_of_a_difference_where_more_noise_means_more_reward(seed, S, L):
+    # Harris's inequality: two functions that rise with the same independent numbers have a covariance >= 0.  So it is
+    # here: chances that do not depend on the state, rewards that rise with it, a policy that is the same everywhere.
+    rng, n = np.random.default_rng(seed), 2000
+    chances = np.sort(rng.dirichlet(np.ones(S)))
+    P = np.tile(np.stack([chances[::-1], chances]), (S, 1, 1))  # the second action leads to higher states
+    r = np.sort(rng.normal(size=S))[:, None] + np.array([0.0, 0.5])
+    mdp = MDP(P, r, np.full(S, 1 / S), 0.9)
+    config = tm.Config(hidden=(), gamma=0.9, lam=1.0, vine_steps=L)
+    q, _, _ = repeated_q(mdp, np.zeros(2 * S + 2), config, n, seed)
+    common, apart = q[:, 1] - q[:, 0], q[1:, 1] - q[:-1, 0]  # different sets of branches share nothing
+    assert common.var() <= apart.var() * (
+        1 + 5 * np.sqrt(8 / n)
+    )  # a variance of n numbers is sure to sqrt(kurtosis / n)
+
+
+def test_common_random_numbers_lower_the_variance_of_q_differences_on_cartpole():
+    envs = SyncVectorEnv([lambda: gym.make("CartPole-v1")], autoreset_mode=AutoresetMode.DISABLED)
+    state, runner = start(envs, tm.Config(vine_steps=10))
+    now, rng, n = (envs, state.policy, state.theta, state.obs_stats), np.random.default_rng(0), 100
+    rollout, _ = tm.collect(*now, runner, rng, 40, 0.99, 4)
+    branches = tm.branch(*now, rollout._replace(saved=rollout.saved * n), rng, state.config)
+    q = tm._advantages(state, branches, branches.rewards)[1][0].reshape(n, 4, 2)
+    common, apart = q[:, :, 1] - q[:, :, 0], q[1:, :, 1] - q[:-1, :, 0]
+    assert common.var(axis=0).mean() < 0.8 * apart.var(axis=0).mean()
+
+
+class Walk(gym.Env):
+    """A random walk that ends, by failure or time limit, and depends on the actions and on its own generator."""
+
+    observation_space = spaces.Dict({"x": spaces.Box(-np.inf, np.inf, (1,)), "t": spaces.Discrete(9)})
+    spec = None
+
+    def __init__(self, action_space=None):
+        self.action_space = spaces.Box(-1.0, 1.0, (2,)) if action_space is None else action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.normal(size=1), 0
+        return self._obs(), {}
+
+    def _obs(self):
+        return {"x": self.x.astype(np.float32), "t": self.t}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.x = self.x + np.sum(action) + self.np_random.normal(size=1)  # and never in place
+        self.t += 1
+        return self._obs(), float(self.x[0]), bool(abs(self.x[0]) > 4), self.t >= 8, {}
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("action_space", [None, spaces.MultiDiscrete([2, 2]), spaces.Discrete(3, start=-1)])
+@given(seed=seeds, n_saved=st.integers(1, 4), K=st.integers(2, 5), L=st.integers(1, 6))
+@settings(max_examples=10)
+def test_branches_are_what_copies_of_the_environments_do_under_the_same_actions(
+    action_space, n_envs, seed, n_saved, K, L
+):
+    envs = SyncVectorEnv([lambda: Walk(action_space)] * n_envs, autoreset_mode=AutoresetMode.DISABLED)
+    config = tm.Config(hidden=(), vine_actions=K, vine_steps=L)
+    state, runner = start(envs, config, seed)
+    now = envs, state.policy, state.theta, state.obs_stats
+    rng = np.random.default_rng(seed)
+    rollout, runner = tm.collect(*now, runner, rng, 9, 0.99, n_saved)
+    assert [t for t, _ in rollout.saved] == [i * 9 // n_saved for i in range(n_saved)]
+    before = [copy.deepcopy(vars(env)) for env in envs.envs]
+    branches = tm.branch(*now, rollout, rng, config)
+    for env, old in zip(envs.envs, before, strict=True):  # back where they were
+        assert all(repr(vars(env)[k]) == repr(v) for k, v in old.items() if k != "_np_random")
+        assert env.np_random.bit_generator.state == old["_np_random"].bit_generator.state
+
+    every = None if action_space is None else all_actions(state.policy)
+    K = len(every) if every is not None and len(every) <= K else K
+    ends = dict(zip(branches.final_at, branches.final_obs, strict=True))
+    flatten = lambda obs: spaces.flatten(envs.single_observation_space, obs)  # noqa: E731
+    assert branches.rewards.shape == (L, n_saved * n_envs * K)
+    for column in range(n_saved * n_envs * K):
+        s, e, k = np.unravel_index(column, (n_saved, n_envs, K))
+        t, saved = rollout.saved[s]
+        env = Walk(action_space)
+        tm.restore_env(env, saved[e])
+        obs, running = rollout.raw_obs[t, e], True
+        for i in range(L):
+            assert branches.real[i, column] == running
+            if not running:
+                continue
+            assert (branches.raw_obs[i, column] == obs).all()
+            action = tm._env_actions(state.policy, branches.actions[i, column][None])[0]
+            if i == 0:  # the noise of the environment is new, and the same for the K branches
+                first = column - k
+                noise = branches.rewards[0, column] - obs[-1] - np.sum(action)
+                other = tm._env_actions(state.policy, branches.actions[0, first][None])[0]
+                assert isclose(noise, branches.rewards[0, first] - obs[-1] - np.sum(other), rtol=0, atol=1e-12)
+            reached = branches.rewards[i, column]
+            failed, over = abs(reached) > 4, int(obs[:9].argmax()) + 1 >= 8
+            running = not (failed or over)
+            assert (branches.terminated[i, column], branches.truncated[i, column]) == (failed, over)
+            obs = flatten({"x": np.array([reached], np.float32), "t": min(int(obs[:9].argmax()) + 1, 8)})
+            assert ((i, column) in ends) == (over and not failed)
+            if over and not failed:
+                assert (ends[i, column] == obs).all()
+        assert not running or (branches.last_obs[column] == obs).all()
+
+
+class Pickling(Walk, EzPickle):
+    """As MuJoCo's and Box2D's classes are: a deepcopy calls the constructor again."""
+
+    def __init__(self):
+        Walk.__init__(self)
+        EzPickle.__init__(self)
+
+
+def transitions(env, actions):
+    """What a plain loop sees, resets included, as bytes."""
+    for action in actions:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        yield (
+            spaces.flatten(env.observation_space, obs).tobytes() + repr((float(reward), terminated, truncated)).encode()
+        )
+        if terminated or truncated:
+            yield spaces.flatten(env.observation_space, env.reset()[0]).tobytes()
+
+
+CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
+TOY_TEXT = [
+    "FrozenLake-v1",
+    "CliffWalking-v1",
+    max(id for id in gym.registry if id.startswith("Taxi-")),
+    "Blackjack-v1",
+]
+MUJOCO = ["Hopper-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5", "Reacher-v5", "InvertedPendulum-v5"]
+
+
+@pytest.mark.parametrize("make", [*CLASSIC, *TOY_TEXT, *MUJOCO, Walk, Pickling])
+def test_a_restored_environment_repeats_its_next_100_transitions_bit_for_bit(make):
+    if make in MUJOCO:
+        pytest.importorskip("mujoco", reason="needs the extra mujoco")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a newer version of an environment
+        env = gym.wrappers.FrameStackObservation(gym.make(make), 2) if isinstance(make, str) else make()
+        env.reset(seed=1)
+        env.action_space.seed(1)
+        actions = [env.action_space.sample() for _ in range(170)]
+        list(transitions(env, actions[:20]))
+        saved = tm.save_env(env)
+        expected = list(transitions(env, actions[20:120]))
+        for elsewhere in (0, 50):
+            list(transitions(env, actions[120 : 120 + elsewhere]))
+            tm.restore_env(env, saved)
+            assert list(transitions(env, actions[20:120])) == expected
+
+
+def test_a_deepcopy_of_an_environment_that_pickles_by_its_constructor_is_another_environment():
+    env = Pickling()
+    env.reset(seed=1)
+    assert not hasattr(copy.deepcopy(env), "x")
+
+
+class Secretive(Walk):
+    """Keeps a part of its state where no copy of the environment reaches it."""
+
+    def step(self, action):
+        Secretive.secret = not getattr(Secretive, "secret", False)
+        self.x = self.x + Secretive.secret
+        return super().step(action)
+
+
+class Locked(Walk):
+    """Holds what cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("env", [Secretive, Locked])
+def test_an_environment_that_cannot_be_restored_is_refused_by_vine_in_one_sentence(env):
+    with pytest.raises(ValueError, match=r"^vine sampling needs .* that can be saved and restored, not .*: .") as error:
+        tm.train(env, tm.Config(sampling="vine", total_steps=10_000))
+    assert "\n" not in str(error.value)
+
+
+def test_vine_refuses_environments_it_cannot_reach_and_fewer_steps_than_an_update_takes():
+    config = tm.Config(sampling="vine", total_steps=10_000)
+    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+        with pytest.raises(ValueError, match="autoreset_mode DISABLED"):
+            tm.train(counters(2, mode), config)
+    with pytest.raises(ValueError, match="autoreset_mode DISABLED"):
+        tm.train(gym.make_vec("CartPole-v1", 2, vectorization_mode="vector_entry_point"), config)
+    config = config._replace(num_envs=3, rollout_steps=10, vine_states=5, vine_steps=7, vine_actions=4)
+    with pytest.raises(ValueError, match=r"^total_steps must be at least the 180 "):  # 12 + 6 * 4 * 7
+        tm.train(Walk, config._replace(total_steps=179))
+    assert tm.train(Walk, config._replace(total_steps=180)).updates == 1
+
+
+@pytest.mark.parametrize("action_space", [None, spaces.MultiDiscrete([2, 2])])
+def test_every_step_of_every_branch_is_counted_and_no_more_than_total_steps(action_space):
+    taken = []
+
+    class Counting(Walk):
+        def step(self, action):
+            taken.append(1)
+            return super().step(action)
+
+    config = tm.Config(sampling="vine", rollout_steps=40, vine_states=8, vine_steps=5, hidden=(4,), total_steps=1000)
+    counted = []
+
+    def callback(state, info, explained):
+        counted.append((state.steps, len(taken)))
+
+    state = tm.train(lambda: Counting(action_space), config, callback=callback)
+    assert state.updates >= 1000 // (40 + 8 * 4 * 5)
+    assert len({real - steps for steps, real in counted}) == 1  # beyond the check before training, none is missed
+    assert 1000 - (40 + 8 * 4 * 5) < state.steps <= 1000
+    assert state.episodes > 10 and all(1 <= length <= 8 for length in state.lengths)  # those of the trajectories
+
+
+@pytest.mark.parametrize("action_space", [None, spaces.Discrete(3)])
+def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_function_from_all_others(action_space):
+    envs = SyncVectorEnv([lambda: Walk(action_space)] * 2, autoreset_mode=AutoresetMode.DISABLED)
+    state, runner = start(envs, tm.Config(hidden=(8,), vine_steps=6))
+    now, rng = (envs, state.policy, state.theta, state.obs_stats), np.random.default_rng(0)
+    rollout, _ = tm.collect(*now, runner, rng, 40, 0.99, 10)
+    branches = tm.branch(*now, rollout, rng, state.config)
+    after, info, _ = tm.learn(state, rollout, branches)
+    scale = 1 / np.sqrt(rollout.discounted.var() + 1e-8)
+    q = tm._advantages(state, branches, branches.rewards * scale)[1]
+    K, mu, actions = (3 if action_space else 4), branches.mu[0], branches.actions[0]
+    pi = scipy.special.softmax(mu, axis=1)[np.arange(len(mu)), actions[:, 0]] if action_space else 1 / K
+    V = np.repeat((pi * q[0]).reshape(-1, K).sum(axis=1), K)
+    batch = tm.Batch(branches.obs[0], actions, q[0] - V, mu, K * pi, K)
+    theta, expected = tm.trpo_update(state.policy, state.theta, batch, state.config)
+    assert allclose(after.theta, theta, rtol=1e-9, atol=1e-12)
+    assert isclose(info.surrogate, expected.surrogate, rtol=1e-9)
+    assert isclose(info.adv_largest, np.abs(q[0] - V).max(), rtol=1e-9)
+    later = branches.real[1:]
+    obs = np.concatenate([rollout.obs.reshape(80, -1), branches.obs[1:][later]])
+    returns = tm._advantages(state, rollout, rollout.rewards * scale)[1]
+    phi = tm.fit_value(state.value, state.phi, obs, np.concatenate([returns.ravel(), q[1:][later]]), state.config)
+    assert allclose(after.phi, phi, rtol=1e-9, atol=1e-12)
+    assert after.steps == 80 + branches.real.sum()
+
+
+def test_vine_repeats_bit_for_bit():
+    config = tm.Config(sampling="vine", total_steps=4000, hidden=(8,), vine_states=16)
+    one, other = (tm.train(Walk, config, seed=3) for _ in range(2))
+    assert same(one, other) and one.updates > 1
+
+
 # ======================================================================================================== spaces
 ACTION_SPACES = [
     spaces.Box(-1, 1, (2, 3)),
@@ -2111,6 +2457,9 @@ def set_first(value):
         ({"mu_old": lambda a: a[:, :1]}, "mu_old must have shape"),
         ({"weights": lambda a: np.ones(3)}, "weights must have shape"),
         ({"weights": lambda a: np.nan}, "weights must be finite"),
+        ({"group": lambda a: 7}, "group must divide the number of rows, 60, got 7"),
+        ({"group": lambda a: 0}, r"group must be an integer in \[1, inf\), got 0"),
+        ({"group": lambda a: 2, "weights": lambda a: np.arange(60) // 2}, "add up to a positive number in each group"),
         ({"actions": lambda a: a[:-1]}, "actions must"),
         ({"actions": lambda a: a[:, 0]}, "actions must"),
     ],

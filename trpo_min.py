@@ -1197,7 +1197,8 @@ def _check_restorable(env):
     try:
         saved = save_env(env)
         first, repeats = list(play(actions[10:])), []
-        for _ in range(2):
+        for elsewhere in (0, 7):
+            list(play(actions[:elsewhere]))
             restore_env(env, saved)
             repeats.append(list(play(actions[10:])))
         why = None if repeats == [first, first] else "restored, it does not repeat the same transitions"
@@ -1348,23 +1349,24 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
     """From each state in rollout.saved, K branches of at most vine_steps steps: a Rollout whose columns are branches.
 
     The first actions are every action of a small discrete space, else samples.  The K branches of a state, side by
-    side, share their random numbers from then on: the noise of the actions and the environment's own generator, which
-    is restored with it.  Afterwards the environments are where they were.  Source: Schulman et al. 2015, section 5.2.
+    side, share their random numbers: the noise of the later actions, and a new generator for the environment.  At the
+    end the environments are back where they were.  Source: Schulman et al. 2015, section 5.2.
     """
     from gymnasium.spaces import flatten
 
     envs, every, S, L = envs.envs, _every_action(policy, config.vine_actions), len(rollout.saved), config.vine_steps
     shape = S, _n_actions(policy, config), L, len(envs)  # states of each environment, K, L, E
     noise, actions = _draw(policy, rng, shape, theta.dtype)
-    noise[:, :, 1:] = noise[:, :1, 1:]
+    noise[:, :, 1:], env_seeds = noise[:, :1, 1:], rng.integers(2**63, size=(S, len(envs)))
     raw_obs, last_obs = np.zeros((*shape, policy.sizes[0])), np.zeros((*shape[:2], len(envs), policy.sizes[0]))
     obs, mu = (np.zeros((*shape, n), theta.dtype) for n in (policy.sizes[0], n_outputs(policy)))
     rewards, flags, final_at, final_obs = np.zeros(shape), np.zeros((3, *shape), bool), [], []
     step, before = _actor(policy, theta, obs_stats, len(envs)), [save_env(env) for env in envs]
     for s, k in np.ndindex(shape[:2]):
         t, saved = rollout.saved[s]
-        for env, each in zip(envs, saved, strict=True):
+        for env, each, seed in zip(envs, saved, env_seeds[s], strict=True):
             restore_env(env, each)
+            env.np_random = np.random.default_rng(seed)
         current, running = last_obs[s, k], np.ones(len(envs), bool)
         current[:] = rollout.raw_obs[t]
         for i in range(L):
