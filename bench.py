@@ -8,9 +8,13 @@ this process, with the spread from the first to the third quartile.
 """
 
 import argparse
+import ast
+import contextlib
 import csv
 import os
 import platform
+import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -23,7 +27,8 @@ import scipy
 
 import trpo_min as tm
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 
 
 def machine():
@@ -131,8 +136,7 @@ def compile_seconds():
     )
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "NUMBA_CACHE_DIR": cache}
-        here = Path(__file__).parent
-        return float(subprocess.run([sys.executable, "-c", script], env=env, cwd=here, capture_output=True).stdout)
+        return float(subprocess.run([sys.executable, "-c", script], env=env, cwd=HERE, capture_output=True).stdout)
 
 
 def fvp(args):
@@ -235,6 +239,86 @@ def learn(args):
     print(f"  solved {solved}/{len(rows)}; steps: median {np.median(steps):,.0f}, largest {max(steps):,}")
 
 
+# ============================================================================================= faults put in on purpose
+def spans(names):
+    """The first and last line of each function of trpo_min.py."""
+    tree = ast.parse((HERE / "trpo_min.py").read_text())
+    lines = {node.name: (node.lineno, node.end_lineno) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return {name: lines[name] for name in names}
+
+
+def mutants_of(settings, names, folder):
+    """A process that tries each mutant of these functions in a copy of the project; its results go to a database."""
+    config = {
+        "module-path": "trpo_min.py",
+        "timeout": 300.0,
+        "excluded-modules": [],
+        "test-command": settings["test-command"],
+        "distributor": {"name": "local"},
+        "filters": {
+            "line-filter": {"lines": {"trpo_min.py": [f"{a}-{b}" for a, b in spans(names).values()]}},
+            "operators-filter": {"exclude-operators": settings["exclude-operators"]},
+        },
+    }
+    for name in ("trpo_min.py", "test_trpo_min.py", "pyproject.toml"):
+        shutil.copy(HERE / name, folder)
+    (folder / "c.toml").write_text(toml().dumps({"cosmic-ray": config}))
+    quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for command in (
+        "cosmic-ray init c.toml s.db",
+        "cr-filter-lines --config c.toml s.db",
+        "cr-filter-operators s.db c.toml",
+    ):
+        subprocess.run(command.split(), check=True, **quiet)
+    one_thread = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "mutants"}
+    return subprocess.Popen(["cosmic-ray", "exec", "c.toml", "s.db"], env=os.environ | one_thread, **quiet)
+
+
+def toml():
+    import toml  # cosmic-ray needs it too
+
+    return toml
+
+
+def mutation(args):
+    """The share of small faults in the mathematics that the tests find; survivors go to results/mutants.csv."""
+    settings = toml().loads((HERE / "pyproject.toml").read_text())["tool"]["trpo-min"]["mutation"]
+    names = args.only or settings["functions"]
+    path, reasons, rows = RESULTS / "mutants.csv", {}, []
+    if path.exists():
+        with open(path, newline="") as file:
+            reasons = {(row["function"], row["was"], row["became"]): row["reason"] for row in csv.DictReader(file)}
+    with contextlib.ExitStack() as stack:
+        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(args.workers)]
+        processes = [mutants_of(settings, names[i :: len(folders)], folder) for i, folder in enumerate(folders)]
+        for process, folder in zip(processes, folders, strict=True):
+            process.wait()
+            query = (
+                "select start_pos_row, test_outcome, diff from mutation_specs join work_results using (job_id) "
+                "where worker_outcome != 'SKIPPED'"
+            )
+            rows += sqlite3.connect(folder / "s.db").execute(query).fetchall()
+    survivors = []
+    for line, outcome, diff in rows:
+        if "SURVIVED" in outcome:
+            was, became = ([x[1:].strip() for x in diff.splitlines() if x[:1] == s and x[:3] != s * 3] for s in "-+")
+            function = next(name for name, (first, last) in spans(names).items() if first <= line <= last)
+            survivors.append((function, *("; ".join(part) for part in (was, became))))
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["function", "was", "became", "reason"])
+        writer.writerows([*key, reasons.get(key, "")] for key in sorted(survivors))
+    explained = sum(bool(reasons.get(key)) for key in survivors)
+    print(machine())
+    print(
+        f"{len(rows)} mutants, {len(rows) - len(survivors)} killed; {len(survivors)} survive, {explained} with a reason"
+    )
+    print(
+        f"score {(len(rows) - len(survivors)) / len(rows):.1%}, of those that change behaviour "
+        f"{(len(rows) - len(survivors)) / (len(rows) - explained):.1%}"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -249,6 +333,10 @@ def main():
     command.add_argument("--stop-when-solved", action="store_true", help="stop at the reward threshold")
     command.add_argument("--out", type=Path, help="CSV to append to (default: results/learn.csv)")
     command.set_defaults(run=learn)
+    command = commands.add_parser("mutation", help=mutation.__doc__)
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the cores)")
+    command.add_argument("--only", nargs="+", help="these functions (default: those in pyproject.toml)")
+    command.set_defaults(run=mutation)
     args = parser.parse_args()
     args.run(args)
 

@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=60, **common)
+settings.register_profile("mutants", max_examples=6, phases=NO_SHRINKING, **common)
 settings.register_profile("quick", max_examples=15, phases=NO_SHRINKING, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -1353,6 +1354,7 @@ def best_of_the_bound(mdp, old):
     return (best_within(mdp, old, np.exp(found.x)), np.exp(found.x)) if bound(found.x) > 0 else (old, 0.0)
 
 
+@pytest.mark.slow
 @given(mdps())
 @settings(max_examples=8)
 def test_maximising_the_bound_never_lowers_the_return(case):
@@ -1364,6 +1366,7 @@ def test_maximising_the_bound_never_lowers_the_return(case):
         assert mdp.solve(pi)[0] >= eta - mdp.rounding(adv)
 
 
+@pytest.mark.slow
 @given(mdps(largest_gamma=0.99))
 @settings(max_examples=20)
 def test_the_step_that_the_bound_allows_is_far_smaller_than_the_trust_regions(case):
@@ -1391,6 +1394,7 @@ def test_an_update_within_the_mean_kl_may_break_the_largest():
     assert info.accepted and info.kl <= 0.01 < 0.1 < info.kl_largest
 
 
+@pytest.mark.slow
 @given(mdps(largest_gamma=0.9), st.sampled_from([(), (8,)]))
 @settings(max_examples=10)
 def test_updates_with_exact_advantages_climb_to_within_a_percent_of_the_best_policy(case, hidden):
@@ -1760,6 +1764,7 @@ def repeated_q(mdp, theta, config, n, seed):
     return q, rollout.raw_obs[0, 0].argmax(), branches.actions[0, :, 0].reshape(n, -1)
 
 
+@pytest.mark.slow
 @given(seeds, st.integers(2, 4), st.sampled_from([1, 3, 6]), st.sampled_from([0.0, 0.7, 1.0]))
 @settings(max_examples=8, phases=NO_SHRINKING)
 def test_q_of_the_branches_is_unbiased_and_its_error_falls_as_one_over_the_root_of_their_number(seed, A, L, lam):
@@ -1782,6 +1787,7 @@ def test_q_of_the_branches_is_unbiased_and_its_error_falls_as_one_over_the_root_
     assert abs((means**2).mean() / (error**2).mean() * 16 - 1) <= 5 * np.sqrt(32 / n)
 
 
+@pytest.mark.slow
 @given(seeds, st.integers(2, 5), st.sampled_from([2, 6]))
 @settings(max_examples=6, phases=NO_SHRINKING)
 def test_common_random_numbers_never_raise_the_variance_of_a_difference_where_more_noise_means_more_reward(seed, S, L):
@@ -1800,6 +1806,7 @@ def test_common_random_numbers_never_raise_the_variance_of_a_difference_where_mo
     )  # a variance of n numbers is sure to sqrt(kurtosis / n)
 
 
+@pytest.mark.slow
 def test_common_random_numbers_lower_the_variance_of_q_differences_on_cartpole():
     envs = SyncVectorEnv([lambda: gym.make("CartPole-v1")], autoreset_mode=AutoresetMode.DISABLED)
     state, runner = start(envs, tm.Config(vine_steps=10))
@@ -1966,6 +1973,7 @@ def test_an_environment_that_cannot_be_restored_is_refused_by_vine_in_one_senten
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_vine_refuses_environments_it_cannot_reach_and_fewer_steps_than_an_update_takes():
     config = tm.Config(sampling="vine", total_steps=10_000)
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
@@ -2027,6 +2035,7 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     assert after.steps == 80 + branches.real.sum()
 
 
+@pytest.mark.slow
 def test_vine_repeats_bit_for_bit():
     config = tm.Config(sampling="vine", total_steps=4000, hidden=(8,), vine_states=16)
     one, other = (tm.train(Walk, config, seed=3) for _ in range(2))
@@ -2356,6 +2365,7 @@ def test_evaluation_plays_act_on_the_environment(trained):
     assert tm.evaluate(trained, "CartPole-v1", episodes=1, seed=7)[0] == [total]
 
 
+@pytest.mark.slow
 def test_training_stops_at_the_reward_threshold_only_if_asked_to():
     spec = copy.deepcopy(gym.spec("CartPole-v1"))
     spec.reward_threshold = 15.0
