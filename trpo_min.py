@@ -1459,6 +1459,21 @@ def _vine_batch(policy, config, branches, adv):
     return Batch(obs, actions, _centre(adv[0], weights, K), mu, weights, K)
 
 
+def _targets(state, rollout, branches, scale):
+    """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
+    function, and the variance of the returns that it explained so far."""
+    adv, returns = (each[rollout.real] for each in _advantages(state, rollout, rollout.rewards * scale))
+    obs, variance = rollout.obs[rollout.real], returns.var()
+    explained = float(1 - adv.var() / variance) if variance > 0 else 0.0
+    if branches is None:
+        batch = Batch(obs, rollout.actions[rollout.real], _centre(adv), rollout.mu[rollout.real])
+        return batch, obs, returns, explained
+    branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
+    batch, later = _vine_batch(state.policy, state.config, branches, branch_adv), branches.real[1:]
+    obs = np.concatenate([obs, branches.obs[1:][later]])
+    return batch, obs, np.concatenate([returns, branch_returns[1:][later]]), explained
+
+
 def learn(state, rollout, branches=None):
     """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
 
@@ -1466,42 +1481,27 @@ def learn(state, rollout, branches=None):
     Observation statistics move last: rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo,
     explained variance of the value function on the rollout).
     """
-    config, real = state.config, rollout.real
-    reward_stats = state.reward_stats
+    config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
-    scale, n_steps = _inverse_std(reward_stats)[0], int(real.sum())
-    adv, returns = _advantages(state, rollout, rollout.rewards * scale)
-    seen, targets = rollout.obs[real], returns[real]
-    if branches is None:
-        batch = Batch(seen, rollout.actions[real], _centre(adv[real]), rollout.mu[real])
-    else:
-        branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
-        batch = _vine_batch(state.policy, config, branches, branch_adv)
-        later, n_steps = branches.real[1:], n_steps + int(branches.real.sum())
-        seen = np.concatenate([seen, branches.obs[1:][later]])
-        targets = np.concatenate([targets, branch_returns[1:][later]])
+    batch, obs, returns, explained = _targets(state, rollout, branches, _inverse_std(reward_stats)[0])
     theta, info = trpo_update(state.policy, state.theta, batch, config)
-    phi = fit_value(state.value, state.phi, seen, targets, config)
-    obs_stats = update_stats(state.obs_stats, rollout.raw_obs[real]) if config.normalize_obs else state.obs_stats
-    variance = returns[real].var()
-    explained = 1 - adv[real].var() / variance if variance > 0 else 0.0
+    phi = fit_value(state.value, state.phi, obs, returns, config)
+    if config.normalize_obs:
+        obs_stats = update_stats(obs_stats, rollout.raw_obs[real])
     last_100 = [*zip(state.returns, state.lengths, strict=True), *rollout.episodes][-100:]
-    return (
-        state._replace(
-            theta=theta,
-            phi=phi,
-            obs_stats=obs_stats,
-            reward_stats=reward_stats,
-            steps=state.steps + n_steps,
-            updates=state.updates + 1,
-            episodes=state.episodes + len(rollout.episodes),
-            returns=tuple(total for total, _ in last_100),
-            lengths=tuple(length for _, length in last_100),
-        ),
-        info,
-        float(explained),
+    state = state._replace(
+        theta=theta,
+        phi=phi,
+        obs_stats=obs_stats,
+        reward_stats=reward_stats,
+        steps=state.steps + int(real.sum()) + (int(branches.real.sum()) if branches else 0),
+        updates=state.updates + 1,
+        episodes=state.episodes + len(rollout.episodes),
+        returns=tuple(total for total, _ in last_100),
+        lengths=tuple(length for _, length in last_100),
     )
+    return state, info, explained
 
 
 def _vine_plan(envs, policy, config):
