@@ -239,6 +239,179 @@ def learn(args):
     print(f"  solved {solved}/{len(rows)}; steps: median {np.median(steps):,.0f}, largest {max(steps):,}")
 
 
+# =============================================================================================== E11, and where it ends
+def at_rest(env, config, updates, seed=0):
+    """A TrainState after some updates on env, and sample() for any number of rollouts of it: (rollout, branches)."""
+    config = config._replace(total_steps=10**9, stop_when_solved=False)
+    single = config._replace(sampling="single_path")  # the same policy whatever is measured on it
+    state = tm.train(env, single, seed=seed, callback=lambda state, *_: state.updates == updates)
+    state, (envs, _) = state._replace(config=config), tm._make_envs(env, config)
+    rng, runner = np.random.default_rng(seed), tm._first_runner(envs, seed)
+    now = envs, state.policy, state.theta, state.obs_stats
+    n_saved, _ = tm._vine_plan(envs, state.policy, config) if config.sampling == "vine" else (0, 1)
+    n_steps = config.rollout_steps // envs.num_envs
+
+    def sample():
+        nonlocal runner
+        rollout, runner = tm.collect(*now, runner, rng, n_steps, config.gamma, n_saved)
+        return rollout, tm.branch(*now, rollout, rng, config) if n_saved else None
+
+    return state, sample
+
+
+def reward_scale(state):
+    return tm._inverse_std(state.reward_stats)[0]
+
+
+def bound(args):
+    """The step that maximises the lower bound of E11 beside the trust region's, in one update on CartPole-v1."""
+    state, sample = at_rest("CartPole-v1", tm.Config(), 20)
+    batch, *_ = tm._targets(state, *sample(), reward_scale(state))
+    gamma, found = state.config.gamma, []
+    print(machine())
+    print("\none update on CartPole-v1 after 20, stopped at different KL; in units of the scaled return")
+    print("  max_kl   largest KL    step length   surrogate gain   penalty of E11   lower bound")
+    for exponent in np.arange(-2, -17, -0.25):
+        max_kl = 10.0**exponent
+        _, info = tm.trpo_update(state.policy, state.theta, batch, state.config._replace(max_kl=max_kl))
+        gain = info.surrogate - info.surrogate_old
+        lower = tm.improvement_lower_bound(gain, info.adv_largest, info.kl_largest, gamma)
+        found.append((lower, max_kl, info))
+        if exponent % 2 == 0:
+            gain /= 1 - gamma
+            print(
+                f"{max_kl:8.0e} {info.kl_largest:12.2e} {info.step_length:14.2e} {gain:16.2e} "
+                f"{gain - lower:16.2e} {lower:13.2e}"
+            )
+    lower, max_kl, info = max(found, key=lambda each: each[0])
+    ratio = found[0][2].step_length / info.step_length
+    print(
+        f"the bound is largest, {lower:.1e}, at a mean KL of {max_kl:.0e}: "
+        f"a step {ratio:,.0f} times shorter than that of max_kl 0.01"
+    )
+
+
+# ================================================================================================ single path and vine
+def curve(env, sampling, seed, total_steps, path):
+    """Train once and append a row an update."""
+    config, last = tm.Config(sampling=sampling, total_steps=total_steps, stop_when_solved=False), None
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+
+        def callback(state, info, explained):
+            mean = round(float(np.mean(state.returns)), 2) if state.returns else ""
+            writer.writerow([env, sampling, seed, state.steps, state.updates, mean])
+
+        last = tm.train(env, config, seed=seed, callback=callback)
+    print(
+        f"{env} {sampling} seed {seed}: {np.mean(last.returns):.1f} after {last.steps:,} steps, {last.updates} updates",
+        flush=True,
+    )
+
+
+def gradient_noise(env, sampling, updates, seed, n=32):
+    """Of n gradient estimates of one policy: E |g - mean|^2 / |mean|^2, and the environment steps of each."""
+    state, sample = at_rest(env, tm.Config(sampling=sampling), updates, seed)
+    grads, steps = [], 0
+    for _ in range(n):
+        rollout, branches = sample()
+        batch, *_ = tm._targets(state, rollout, branches, reward_scale(state))
+        grads.append(tm.surrogate_grad(state.policy, state.theta, batch))
+        steps += rollout.real.sum() + (branches.real.sum() if branches else 0)
+    mean, variance = np.mean(grads, axis=0), np.var(grads, axis=0, ddof=1).sum()
+    return variance / max(mean @ mean - variance / n, 0.0), steps / n
+
+
+def interpolated(rows, axis, grid):
+    """The returns of each seed at the points of grid (seeds, points), along steps or updates."""
+    out = []
+    for seed in sorted({row["seed"] for row in rows}):
+        points = [(float(row[axis]), float(row["return"])) for row in rows if row["seed"] == seed and row["return"]]
+        x, y = np.array(points).T
+        out.append(np.interp(grid, x, y, left=np.nan, right=np.nan))
+    return np.array(out)
+
+
+def sampling(args):
+    """Single path and vine side by side: return against steps and updates, and the noise of the gradient."""
+    path, noise_path = RESULTS / "sampling.csv", RESULTS / "sampling_noise.csv"
+    for file, header in (
+        (path, "env,sampling,seed,steps,updates,return"),
+        (noise_path, "env,sampling,updates,seed,variance over mean squared,steps per gradient"),
+    ):
+        if not file.exists():
+            file.write_text(header + "\n")
+    print(machine())
+    done = {tuple(row.values())[:3] for row in read_csv(path)}
+    measured = {tuple(row.values())[:4] for row in read_csv(noise_path)}
+    kinds = [(env, kind) for env in SAMPLING for kind in ("single_path", "vine")]
+    for seed in range(args.seeds):
+        for env, kind in kinds:
+            total_steps, points = SAMPLING[env]
+            if (env, kind, str(seed)) not in done:
+                curve(env, kind, seed, total_steps, path)
+            for updates in points:
+                if (env, kind, str(updates), str(seed)) not in measured:
+                    noise, steps = gradient_noise(env, kind, updates, seed)
+                    with open(noise_path, "a") as file:
+                        file.write(f"{env},{kind},{updates},{seed},{noise:.3f},{steps:.0f}\n")
+    rows, noise = read_csv(path), read_csv(noise_path)
+    for env, (total_steps, points) in SAMPLING.items():
+        print(f"\n{env}: mean and deviation of the return over {args.seeds} seeds")
+        for kind in ("single_path", "vine"):
+            mine = [row for row in rows if (row["env"], row["sampling"]) == (env, kind)]
+            for axis, grid in (
+                ("steps", [total_steps // 4, total_steps // 2, total_steps - 6000]),
+                ("updates", points),
+            ):
+                y = interpolated(mine, axis, grid)
+                cells = (f"{m:7.1f} +- {d:<6.1f}" for m, d in zip(y.mean(axis=0), y.std(axis=0, ddof=1), strict=True))
+                print(f"  {kind:11} at {axis} {', '.join(f'{x:,}' for x in grid):24} {' '.join(cells)}")
+            for updates in points:
+                mine = [r for r in noise if tuple(r.values())[:3] == (env, kind, str(updates))]
+                ratio, steps = (np.median([float(tuple(r.values())[i]) for r in mine]) for i in (4, 5))
+                print(
+                    f"  {kind:11} gradient after {updates} updates: variance / mean^2 {ratio:8.2f}, {steps:,.0f} steps"
+                )
+    draw_sampling(rows)
+
+
+SAMPLING = {"CartPole-v1": (100_000, (10, 30)), "Hopper-v5": (200_000, (20, 60))}  # steps, updates to compare at
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_sampling(rows):
+    """results/sampling.png: the mean over seeds and its deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for i, env in enumerate(SAMPLING):
+        for j, axis in enumerate(("steps", "updates")):
+            for kind, colour in (("single_path", "tab:blue"), ("vine", "tab:orange")):
+                mine = [row for row in rows if (row["env"], row["sampling"]) == (env, kind)]
+                last = min(
+                    max(float(row[axis]) for row in mine if row["seed"] == seed)
+                    for seed in {row["seed"] for row in mine}
+                )
+                grid = np.linspace(0, last, 200)
+                y = interpolated(mine, axis, grid)
+                mean, deviation = y.mean(axis=0), y.std(axis=0, ddof=1)
+                axes[i, j].plot(grid, mean, color=colour, label=kind)
+                axes[i, j].fill_between(grid, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
+            axes[i, j].set(
+                xlabel="environment steps" if axis == "steps" else "policy updates", ylabel="return", title=env
+            )
+    axes[0, 0].legend()
+    figure.savefig(RESULTS / "sampling.png", dpi=120)
+
+
 # ============================================================================================= faults put in on purpose
 def spans(names):
     """The first and last line of each function of trpo_min.py."""
@@ -286,8 +459,7 @@ def mutation(args):
     names = args.only or settings["functions"]
     path, reasons, rows = RESULTS / "mutants.csv", {}, []
     if path.exists():
-        with open(path, newline="") as file:
-            reasons = {(row["function"], row["was"], row["became"]): row["reason"] for row in csv.DictReader(file)}
+        reasons = {(row["function"], row["was"], row["became"]): row["reason"] for row in read_csv(path)}
     with contextlib.ExitStack() as stack:
         folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(args.workers)]
         processes = [mutants_of(settings, names[i :: len(folders)], folder) for i, folder in enumerate(folders)]
@@ -333,6 +505,10 @@ def main():
     command.add_argument("--stop-when-solved", action="store_true", help="stop at the reward threshold")
     command.add_argument("--out", type=Path, help="CSV to append to (default: results/learn.csv)")
     command.set_defaults(run=learn)
+    commands.add_parser("bound", help=bound.__doc__).set_defaults(run=bound)
+    command = commands.add_parser("sampling", help=sampling.__doc__)
+    command.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
+    command.set_defaults(run=sampling)
     command = commands.add_parser("mutation", help=mutation.__doc__)
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the cores)")
     command.add_argument("--only", nargs="+", help="these functions (default: those in pyproject.toml)")

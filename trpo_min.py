@@ -114,7 +114,7 @@ class Config(NamedTuple):
     sampling: Annotated[str, "single_path vine", "what advantages come from: the steps taken, or branches off them"] = (
         "single_path"
     )
-    vine_states: Annotated[int, "[1, inf)", "vine: states per update to branch from, over all environments"] = 64
+    vine_states: Annotated[int, "[1, inf)", "vine: states per update to branch from, over all environments"] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.01
