@@ -1689,14 +1689,16 @@ def _parser():
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings = parser.add_argument_group("settings")
     for name, hint in _FIELDS.items():
-        kind, text = hint.__origin__, hint.__metadata__[1]
+        kind, (interval, text) = hint.__origin__, hint.__metadata__
         default = getattr(Config(), name)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         options = {"default": default, "help": f"{text} (default: {shown})"}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"], options["metavar"] = {float: (float, "X"), str: (str, "NAME")}.get(kind, (integer, "N"))
+            options["type"], options["metavar"] = {float: (float, "X"), str: (str, interval.replace(" ", "|"))}.get(
+                kind, (integer, "N")
+            )
             options |= {"nargs": "+"} if isinstance(default, tuple) else {}
         settings.add_argument("--" + name.replace("_", "-"), **options)
     return parser
@@ -1713,7 +1715,7 @@ def _header(envs, name, config, seed):
         f"{name}: observations {_describe(envs.single_observation_space)}, "
         f"actions {_describe(envs.single_action_space)}\n"
         f"policy {policy_sizes} ({policy.head}, {n_params(policy):,} parameters), value {value_sizes}\n"
-        f"at most {config.total_steps:,} steps in {envs.num_envs} environments, {config.dtype}, seed {seed}"
+        f"at most {config.total_steps:,} steps in {envs.num_envs} environments, {config.sampling}, {config.dtype}, seed {seed}"
     )
 
 
