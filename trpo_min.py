@@ -247,6 +247,11 @@ def _check_inputs(policy, theta, obs):
     return theta, _finite("obs", obs, (None, policy.sizes[0]), theta.dtype)
 
 
+def _group_mean(rows, group):
+    """The mean of each group of so many rows in turn, once for each of its rows."""
+    return np.repeat(rows.reshape(-1, group).mean(axis=1), group)
+
+
 def _check_batch(policy, theta, batch):
     """theta and batch as contiguous arrays of theta's dtype, or a ValueError that names the field."""
     theta, obs = _check_inputs(policy, theta, batch.obs)
@@ -810,10 +815,6 @@ def _fisher(policy, theta, acts):
 
 
 # ========================================================================================== E1 to E7: the policy update
-def _group_mean(rows, group):
-    return np.repeat(rows.reshape(-1, group).mean(axis=1), group)
-
-
 def _weighted_ratio(policy, mu, batch):
     """w_n pi(a_n|s_n) / pi_old(a_n|s_n) (N,), E1; in groups, divided by the mean over the group, E10."""
     ratio = np.exp(log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions))
@@ -1354,48 +1355,45 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
     """
     from gymnasium.spaces import flatten
 
-    envs, every, S, L = envs.envs, _every_action(policy, config.vine_actions), len(rollout.saved), config.vine_steps
-    shape = S, _n_actions(policy, config), L, len(envs)  # states of each environment, K, L, E
+    envs, every = envs.envs, _every_action(policy, config.vine_actions)
+    S, K, L, E = len(rollout.saved), _n_actions(policy, config), config.vine_steps, len(envs)
+    shape, D = (S, K, L, E), policy.sizes[0]
     noise, actions = _draw(policy, rng, shape, theta.dtype)
-    noise[:, :, 1:], env_seeds = noise[:, :1, 1:], rng.integers(2**63, size=(S, len(envs)))
-    raw_obs, last_obs = np.zeros((*shape, policy.sizes[0])), np.zeros((*shape[:2], len(envs), policy.sizes[0]))
-    obs, mu = (np.zeros((*shape, n), theta.dtype) for n in (policy.sizes[0], n_outputs(policy)))
-    rewards, flags, final_at, final_obs = np.zeros(shape), np.zeros((3, *shape), bool), [], []
-    step, before = _actor(policy, theta, obs_stats, len(envs)), [save_env(env) for env in envs]
-    for s, k in np.ndindex(shape[:2]):
+    noise[:, :, 1:], env_seeds = noise[:, :1, 1:], rng.integers(2**63, size=(S, E))
+    raw_obs, last_obs, rewards = np.zeros((*shape, D)), np.zeros((S, K, E, D)), np.zeros(shape)
+    obs, mu = np.zeros((*shape, D), theta.dtype), np.zeros((*shape, n_outputs(policy)), theta.dtype)
+    terminated, truncated, real = np.zeros((3, *shape), bool)
+    step, before = _actor(policy, theta, obs_stats, E), [save_env(env) for env in envs]
+    for s, k in np.ndindex(S, K):
         t, saved = rollout.saved[s]
         for env, each, seed in zip(envs, saved, env_seeds[s], strict=True):
             restore_env(env, each)
             env.np_random = np.random.default_rng(seed)
-        current, running = last_obs[s, k], np.ones(len(envs), bool)
+        current = last_obs[s, k]  # of a branch that has ended, it stays as it is
         current[:] = rollout.raw_obs[t]
-        for i in range(L):
-            at = s, k, i
+        for at in ((s, k, i) for i in range(L)):
             raw_obs[at] = current
             step(raw_obs[at], noise[at], obs[at], mu[at], actions[at])
-            if i == 0 and every is not None:
+            if at[2] == 0 and every is not None:
                 actions[at] = every[k]
+            real[at] = ~(terminated[s, k] | truncated[s, k]).any(axis=0)
             env_actions = _env_actions(policy, actions[at])
-            for e in np.flatnonzero(running):
-                seen, rewards[(*at, e)], terminated, truncated, _ = envs[e].step(env_actions[e])
+            for e in np.flatnonzero(real[at]):
+                seen, rewards[(*at, e)], terminated[(*at, e)], truncated[(*at, e)], _ = envs[e].step(env_actions[e])
                 current[e] = flatten(envs[e].observation_space, seen)
-                flags[(slice(None), *at, e)] = terminated, truncated, True
-                running[e] = not (terminated or truncated)
-                if truncated and not terminated:
-                    final_at.append((i, (s * len(envs) + e) * shape[1] + k))
-                    final_obs.append(current[e].copy())
-            if not running.any():
-                break
         _check_observed(np.isfinite(current).all(), current)
     _check_rewards(rewards)
     for env, each in zip(envs, before, strict=True):
         restore_env(env, each)
 
     def columns(array):  # (S, K, L, E, ...) -> (L, S E K, ...)
-        return array.transpose(2, 0, 3, 1, *range(4, array.ndim)).reshape(array.shape[2], -1, *array.shape[4:])
+        return array.transpose(2, 0, 3, 1, *range(4, array.ndim)).reshape(array.shape[2], S * E * K, *array.shape[4:])
 
-    arrays = (columns(each) for each in (raw_obs, obs, mu, actions, rewards, *flags, np.zeros(shape)))
-    return Rollout(*arrays, columns(last_obs[:, :, None])[0], final_at, final_obs, [], [])
+    arrays = obs, mu, actions, rewards, terminated, truncated, real, np.zeros(shape)
+    (last_obs,), cut = columns(last_obs[:, :, None]), columns(truncated & ~terminated)
+    final_at = [tuple(at) for at in np.argwhere(cut)]
+    ends = last_obs, final_at, [last_obs[column] for _, column in final_at], [], []
+    return Rollout(columns(raw_obs), *(columns(array) for array in arrays), *ends)
 
 
 # ============================================================================================================= training
@@ -1715,7 +1713,8 @@ def _header(envs, name, config, seed):
         f"{name}: observations {_describe(envs.single_observation_space)}, "
         f"actions {_describe(envs.single_action_space)}\n"
         f"policy {policy_sizes} ({policy.head}, {n_params(policy):,} parameters), value {value_sizes}\n"
-        f"at most {config.total_steps:,} steps in {envs.num_envs} environments, {config.sampling}, {config.dtype}, seed {seed}"
+        f"at most {config.total_steps:,} steps in {envs.num_envs} environments, "
+        f"{config.sampling}, {config.dtype}, seed {seed}"
     )
 
 
