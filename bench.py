@@ -371,7 +371,7 @@ def sampling(args):
                 mine = [r for r in noise if tuple(r.values())[:3] == (env, kind, str(updates))]
                 variance, square, steps = np.mean([[float(x) for x in tuple(r.values())[4:]] for r in mine], axis=0)
                 print(
-                    f"  {kind:11} gradient after {updates} updates: variance {variance:.2e}, squared mean {square:.2e}, "
+                    f"  {kind:11} gradient, {updates} updates: variance {variance:.2e}, squared mean {square:.1e}, "
                     f"ratio {variance / square:.1f}; {steps:,.0f} steps"
                 )
     draw_sampling(rows)
