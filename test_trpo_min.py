@@ -514,6 +514,11 @@ def test_cg_of_zero_is_zero_in_no_iterations():
     assert result[1:] == (0.0, 0, "converged")
 
 
+def test_cg_takes_ten_iterations_unless_told_otherwise():
+    result = tm.cg(lambda p: np.arange(1.0, 41.0) * p, np.ones(40))
+    assert (result.n_iter, result.status) == (10, "iteration limit")
+
+
 @given(seeds, st.integers(2, 10))
 def test_cg_ends_at_negative_curvature_with_a_status_and_no_nan(seed, n):
     rng = np.random.default_rng(seed)
@@ -876,6 +881,9 @@ def test_an_accepted_update_is_inside_the_trust_region_and_better_and_a_rejected
     assert isclose(info.entropy, tm.entropy(case.policy, mu).mean(), rtol=1e-9, atol=1e-9)
     assert isclose(info.grad_norm, np.linalg.norm(tm.surrogate_grad(case.policy, case.theta, batch)), rtol=1e-9)
     assert info.adv_largest == np.abs(batch.adv).max()
+    grad = tm.surrogate_grad(case.policy, case.theta, batch)
+    solved = tm.cg(lambda p: tm.fvp(*case[:3], p, CONFIG.damping), grad, CONFIG.cg_iters, CONFIG.cg_tol)
+    assert isclose(info.cg_residual, solved.residual_norm, rtol=1e-3, atol=1e-9 * info.grad_norm)
 
 
 @given(update_cases())
@@ -1008,7 +1016,8 @@ def fixed_case(head="categorical", n=60, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("direction", "curvature"), [(-1.0, 1.0), (1.0, -1.0), (1.0, 0.0), (1.0, np.nan), (np.nan, 1.0), (np.inf, 1.0)]
+    ("direction", "curvature"),
+    [(-1.0, 1.0), (1.0, -1.0), (1.0, 0.0), (1.0, np.nan), (np.nan, 1.0), (np.inf, 1.0), (1.0, np.inf)],
 )
 def test_a_bad_direction_or_curvature_is_refused_and_theta_kept(monkeypatch, direction, curvature):
     case = fixed_case()
@@ -1018,7 +1027,7 @@ def test_a_bad_direction_or_curvature_is_refused_and_theta_kept(monkeypatch, dir
     assert not info.accepted
     assert theta.tobytes() == case.theta.tobytes()
     assert info.kl <= 1e-12
-    assert info.reason != "accepted"
+    assert info.reason.startswith("none of" if 0 < curvature < np.inf else f"no step: curvature {curvature}")
 
 
 def test_the_line_search_takes_the_first_candidate_that_has_both(monkeypatch):
@@ -1882,6 +1891,8 @@ def test_branches_are_what_copies_of_the_environments_do_under_the_same_actions(
                 continue
             assert (branches.raw_obs[i, column] == obs).all()
             action = tm._env_actions(state.policy, branches.actions[i, column][None])[0]
+            if i == 0 and every is not None and len(every) == K:
+                assert (branches.actions[0, column] == every[k]).all()
             if i == 0:  # the noise of the environment is new, and the same for the K branches
                 first = column - k
                 noise = branches.rewards[0, column] - obs[-1] - np.sum(action)

@@ -685,7 +685,7 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
     Source: Hestenes and Stiefel 1952.
     """
     b = _finite("b", b, (None,))
-    scale = np.abs(b).max(initial=0.0) or 1.0  # squares of |b| may not overflow or underflow
+    scale = np.abs(b).max() or 1.0  # squares of |b| may not overflow or underflow
     x, r, p = np.zeros_like(b), b / scale, b / scale
     rr = _dot(r, r)
     stop, n_iter, status = tol * tol * rr, 0, ITERATION_LIMIT
