@@ -23,7 +23,8 @@ Each update maximises the surrogate L inside a trust region of the mean KL diver
     E11 eta(new) - eta(old) >= (L(new) - L(old) - 4 eps gamma max_s KL / (1 - gamma)) / (1 - gamma), eps = max |A|
 
 Dimensions: N rows (state-action pairs), D observation features, K head outputs, A action components,
-P parameters of the policy, Q of the value function, T time steps, E environments, L layers of weights.
+P parameters of the policy, Q of the value function, T time steps, E environments, L layers of weights; in vine
+sampling S states of each environment, K actions in each, and branches of L steps.
 """
 
 import argparse
@@ -1204,7 +1205,7 @@ def _check_restorable(env):
             repeats.append(list(play(actions[10:])))
         why = None if repeats == [first, first] else "restored, it does not repeat the same transitions"
     except Exception as error:  # what a class raises that cannot be copied is its own choice
-        why = error
+        why = repr(error)
     if why:
         raise ValueError(f"vine sampling needs an environment that can be saved and restored, not {env}: {why}")
 
