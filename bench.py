@@ -292,26 +292,30 @@ def bound(args):
 
 
 # ================================================================================================ single path and vine
-def curve(env, sampling, seed, total_steps, path):
+SAMPLING = {"CartPole-v1": (100_000, (10, 30)), "Hopper-v5": (200_000, (20, 40))}  # steps, updates to compare at
+KINDS = {"single_path": {}, "vine": {"sampling": "vine"}, "vine, 64 states": {"sampling": "vine", "vine_states": 64}}
+
+
+def curve(env, kind, seed, total_steps, path):
     """Train once and append a row an update."""
-    config, last = tm.Config(sampling=sampling, total_steps=total_steps, stop_when_solved=False), None
+    config = tm.Config(**KINDS[kind], total_steps=total_steps, stop_when_solved=False)
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
 
         def callback(state, info, explained):
             mean = round(float(np.mean(state.returns)), 2) if state.returns else ""
-            writer.writerow([env, sampling, seed, state.steps, state.updates, mean])
+            writer.writerow([env, kind, seed, state.steps, state.updates, mean])
 
         last = tm.train(env, config, seed=seed, callback=callback)
     print(
-        f"{env} {sampling} seed {seed}: {np.mean(last.returns):.1f} after {last.steps:,} steps, {last.updates} updates",
+        f"{env} {kind} seed {seed}: {np.mean(last.returns):.1f} after {last.steps:,} steps, {last.updates} updates",
         flush=True,
     )
 
 
-def gradient_noise(env, sampling, updates, seed, n=32):
+def gradient_noise(env, kind, updates, seed, n=32):
     """Of n gradient estimates of one policy: E |g - mean|^2, |mean|^2 without bias, the environment steps of each."""
-    state, sample = at_rest(env, tm.Config(sampling=sampling), updates, seed)
+    state, sample = at_rest(env, tm.Config(**KINDS[kind]), updates, seed)
     grads, steps = [], 0
     for _ in range(n):
         rollout, branches = sample()
@@ -344,7 +348,7 @@ def sampling(args):
     print(machine())
     done = {tuple(row.values())[:3] for row in read_csv(path)}
     measured = {tuple(row.values())[:4] for row in read_csv(noise_path)}
-    kinds = [(env, kind) for env in SAMPLING for kind in ("single_path", "vine")]
+    kinds = [(env, kind) for env in SAMPLING for kind in KINDS]
     for seed in range(args.seeds):
         for env, kind in kinds:
             total_steps, points = SAMPLING[env]
@@ -354,11 +358,11 @@ def sampling(args):
                 if (env, kind, str(updates), str(seed)) not in measured:
                     variance, squared_mean, steps = gradient_noise(env, kind, updates, seed)
                     with open(noise_path, "a") as file:
-                        file.write(f"{env},{kind},{updates},{seed},{variance:.3e},{squared_mean:.3e},{steps:.0f}\n")
+                        file.write(f'{env},"{kind}",{updates},{seed},{variance:.3e},{squared_mean:.3e},{steps:.0f}\n')
     rows, noise = read_csv(path), read_csv(noise_path)
     for env, (total_steps, points) in SAMPLING.items():
         print(f"\n{env}: mean and deviation of the return over {args.seeds} seeds")
-        for kind in ("single_path", "vine"):
+        for kind in KINDS:
             mine = [row for row in rows if (row["env"], row["sampling"]) == (env, kind)]
             for axis, grid in (
                 ("steps", [total_steps // 4, total_steps // 2, total_steps - 6000]),
@@ -366,18 +370,15 @@ def sampling(args):
             ):
                 y = interpolated(mine, axis, grid)
                 cells = (f"{m:7.1f} +- {d:<6.1f}" for m, d in zip(y.mean(axis=0), y.std(axis=0, ddof=1), strict=True))
-                print(f"  {kind:11} at {axis} {', '.join(f'{x:,}' for x in grid):24} {' '.join(cells)}")
+                print(f"  {kind:15} at {axis} {', '.join(f'{x:,}' for x in grid):24} {' '.join(cells)}")
             for updates in points:
                 mine = [r for r in noise if tuple(r.values())[:3] == (env, kind, str(updates))]
                 variance, square, steps = np.mean([[float(x) for x in tuple(r.values())[4:]] for r in mine], axis=0)
                 print(
-                    f"  {kind:11} gradient, {updates} updates: variance {variance:.2e}, squared mean {square:.1e}, "
+                    f"  {kind:15} gradient, {updates} updates: variance {variance:.2e}, squared mean {square:.1e}, "
                     f"ratio {variance / square:.1f}; {steps:,.0f} steps"
                 )
     draw_sampling(rows)
-
-
-SAMPLING = {"CartPole-v1": (100_000, (10, 30)), "Hopper-v5": (200_000, (20, 60))}  # steps, updates to compare at
 
 
 def read_csv(path):
@@ -395,7 +396,7 @@ def draw_sampling(rows):
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for i, env in enumerate(SAMPLING):
         for j, axis in enumerate(("steps", "updates")):
-            for kind, colour in (("single_path", "tab:blue"), ("vine", "tab:orange")):
+            for kind, colour in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
                 mine = [row for row in rows if (row["env"], row["sampling"]) == (env, kind)]
                 last = min(
                     max(float(row[axis]) for row in mine if row["seed"] == seed)
