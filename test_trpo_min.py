@@ -1939,7 +1939,8 @@ MUJOCO = ["Hopper-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5", "Reacher-v5", 
 
 
 @pytest.mark.parametrize("make", [*CLASSIC, *TOY_TEXT, *MUJOCO, Walk, Pickling])
-def test_a_restored_environment_repeats_its_next_100_transitions_bit_for_bit(make):
+def test_a_restored_environment_repeats_its_next_100_transitions_bit_for_bit(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where MuJoCo writes its log
     if make in MUJOCO:
         pytest.importorskip("mujoco", reason="needs the extra mujoco")
     with warnings.catch_warnings():
