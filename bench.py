@@ -297,18 +297,18 @@ KINDS = {"single_path": {}, "vine": {"sampling": "vine"}, "vine, 64 states": {"s
 
 
 def curve(env, kind, seed, total_steps, path):
-    """Train once and append a row an update."""
-    config = tm.Config(**KINDS[kind], total_steps=total_steps, stop_when_solved=False)
+    """Train once, then append a row for each update."""
+    config, rows = tm.Config(**KINDS[kind], total_steps=total_steps, stop_when_solved=False), []
+
+    def callback(state, info, explained):
+        mean = round(float(np.mean(state.returns)), 2) if state.returns else ""
+        rows.append([env, kind, seed, state.steps, state.updates, mean])
+
+    state = tm.train(env, config, seed=seed, callback=callback)
     with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-
-        def callback(state, info, explained):
-            mean = round(float(np.mean(state.returns)), 2) if state.returns else ""
-            writer.writerow([env, kind, seed, state.steps, state.updates, mean])
-
-        last = tm.train(env, config, seed=seed, callback=callback)
+        csv.writer(file).writerows(rows)
     print(
-        f"{env} {kind} seed {seed}: {np.mean(last.returns):.1f} after {last.steps:,} steps, {last.updates} updates",
+        f"{env} {kind} seed {seed}: {np.mean(state.returns):.1f} after {state.steps:,} steps, {state.updates} updates",
         flush=True,
     )
 
