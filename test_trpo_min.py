@@ -8,6 +8,7 @@ bound on the absolute values that are added up (tolerance below), so they follow
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -881,9 +882,16 @@ def test_an_accepted_update_is_inside_the_trust_region_and_better_and_a_rejected
     assert isclose(info.entropy, tm.entropy(case.policy, mu).mean(), rtol=1e-9, atol=1e-9)
     assert isclose(info.grad_norm, np.linalg.norm(tm.surrogate_grad(case.policy, case.theta, batch)), rtol=1e-9)
     assert info.adv_largest == np.abs(batch.adv).max()
+
+
+@pytest.mark.parametrize("head", ["categorical", "gaussian"])
+def test_an_update_reports_the_residual_of_its_solve_in_the_units_of_the_gradient(head):
+    case = fixed_case(head)
+    batch, config = make_batch(case, 100 * case.rng.normal(size=60)), tm.Config(cg_iters=3)
     grad = tm.surrogate_grad(case.policy, case.theta, batch)
-    solved = tm.cg(lambda p: tm.fvp(*case[:3], p, CONFIG.damping), grad, CONFIG.cg_iters, CONFIG.cg_tol)
-    assert isclose(info.cg_residual, solved.residual_norm, rtol=1e-3, atol=1e-9 * info.grad_norm)
+    solved = tm.cg(lambda p: tm.fvp(*case[:3], p, config.damping), grad, config.cg_iters, config.cg_tol)
+    _, info = tm.trpo_update(case.policy, case.theta, batch, config)
+    assert isclose(info.cg_residual, solved.residual_norm, rtol=1e-6) and solved.residual_norm > 1e-3 * info.grad_norm
 
 
 @given(update_cases())
@@ -1773,7 +1781,7 @@ def repeated_q(mdp, theta, config, n, seed):
     rollout, _ = tm.collect(*now, runner, rng, 2, 0.9, 1)
     branches = tm.branch(*now, rollout._replace(saved=rollout.saved * n), rng, config)
     q = tm._advantages(state, branches, branches.rewards)[1][0].reshape(n, -1)
-    return q, rollout.raw_obs[0, 0].argmax(), branches.actions[0, :, 0].reshape(n, -1)
+    return q, rollout.raw_obs[rollout.saved[0][0], 0].argmax(), branches.actions[0, :, 0].reshape(n, -1)
 
 
 @pytest.mark.slow
@@ -1867,7 +1875,8 @@ def test_branches_are_what_copies_of_the_environments_do_under_the_same_actions(
     now = envs, state.policy, state.theta, state.obs_stats
     rng = np.random.default_rng(seed)
     rollout, runner = tm.collect(*now, runner, rng, 9, 0.99, n_saved)
-    assert [t for t, _ in rollout.saved] == [i * 9 // n_saved for i in range(n_saved)]
+    for i, (t, _) in enumerate(rollout.saved):  # one in each stretch
+        assert i * 9 // n_saved <= t < (i + 1) * 9 // n_saved
     before = [copy.deepcopy(vars(env)) for env in envs.envs]
     branches = tm.branch(*now, rollout, rng, config)
     for env, old in zip(envs.envs, before, strict=True):  # back where they were
@@ -1981,11 +1990,67 @@ class Locked(Walk):
         self.lock = threading.Lock()
 
 
-@pytest.mark.parametrize("env", [Secretive, Locked])
+class Reborn(Walk):
+    """Becomes another one at each reset, where no copy of the environment reaches it."""
+
+    def reset(self, **options):
+        Reborn.drift = getattr(Reborn, "drift", 0.0) + 0.1
+        return super().reset(**options)
+
+    def step(self, action):
+        self.x = self.x + self.drift
+        obs, reward, *_, info = super().step(action)
+        return {**obs, "t": 1}, reward, False, False, info  # and its episodes have no end
+
+
+class Sealed(Walk):
+    """Does not let its generator be replaced."""
+
+    np_random = property(lambda self: self._np_random)
+
+
+@pytest.mark.parametrize("env", [Secretive, Locked, Reborn, Sealed])
 def test_an_environment_that_cannot_be_restored_is_refused_by_vine_in_one_sentence(env):
     with pytest.raises(ValueError, match=r"^vine sampling needs .* that can be saved and restored, not .*: .") as error:
         tm.train(env, tm.Config(sampling="vine", total_steps=10_000))
     assert "\n" not in str(error.value)
+
+
+def test_the_check_before_vine_leaves_the_environment_as_it_was():
+    env = gym.wrappers.RecordEpisodeStatistics(Walk())
+    env.reset(seed=5)
+    before = tm._physics(env), [repr(vars(layer)) for layer in tm._layers(env)]
+    state = env.np_random.bit_generator.state
+    tm._check_restorable(env)
+    assert env.np_random.bit_generator.state == state and env.episode_count == 0
+    hide = lambda text: re.sub("0x[0-9A-Fa-f]+", "", text)  # noqa: E731
+    assert [hide(repr(vars(layer))) for layer in tm._layers(env)] == [hide(text) for text in before[1]]
+
+
+def test_branches_start_at_other_steps_in_each_rollout():
+    """Not at multiples of a length that the episodes may share."""
+    envs = SyncVectorEnv([Walk], autoreset_mode=AutoresetMode.DISABLED)
+    state, runner = start(envs)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(60):
+        rollout, runner = tm.collect(envs, *state[2:4], state.obs_stats, runner, rng, 8, 0.99, 2)
+        seen |= {t for t, _ in rollout.saved}
+    assert seen == set(range(8))
+
+
+def test_an_environment_that_breaks_in_the_check_before_vine_is_closed_and_the_state_kept():
+    closed = []
+
+    class Broken(Walk):
+        def step(self, action):
+            raise RuntimeError("no power")
+
+        def close(self):
+            closed.append(1)
+
+    with pytest.raises(ValueError, match="no power") as error:
+        tm.train(Broken, tm.Config(sampling="vine", total_steps=10_000, num_envs=2))
+    assert len(closed) == 2 and error.value.state.steps == 0
 
 
 @pytest.mark.slow
@@ -2484,7 +2549,9 @@ def set_first(value):
         ({"weights": lambda a: np.nan}, "weights must be finite"),
         ({"group": lambda a: 7}, "group must divide the number of rows, 60, got 7"),
         ({"group": lambda a: 0}, r"group must be an integer in \[1, inf\), got 0"),
-        ({"group": lambda a: 2, "weights": lambda a: np.arange(60) // 2}, "add up to a positive number in each group"),
+        ({"group": lambda a: 2, "weights": lambda a: np.arange(60) // 2}, "weights must not .* all be 0, in a group"),
+        ({"group": lambda a: 2, "weights": lambda a: np.arange(60) - 1.0}, "weights must not be negative"),
+        ({"group": lambda a: 2}, "each group of 2 rows must be of one state"),
         ({"actions": lambda a: a[:-1]}, "actions must"),
         ({"actions": lambda a: a[:, 0]}, "actions must"),
     ],
@@ -2545,6 +2612,17 @@ def test_weights_of_any_scale_give_the_same_step():
         other, scaled = tm.trpo_update(case.policy, case.theta, batch._replace(weights=weight), config)
         assert scaled.accepted == info.accepted
         assert np.abs(one - other).max() <= 1e-6 * np.abs(one - case.theta).max()
+
+
+@pytest.mark.parametrize("head", ["categorical", "gaussian"])
+def test_in_groups_no_scale_of_the_weights_of_a_state_changes_the_step(head):
+    case, batch = grouped(fixed_case(head), 3)
+    one, info = tm.trpo_update(case.policy, case.theta, batch)
+    scale = np.repeat(np.tile([1e-300, 1e-9, 1.0, 1e9, 1e300], 12), 3)
+    other, scaled = tm.trpo_update(case.policy, case.theta, batch._replace(weights=batch.weights * scale))
+    assert info.accepted and scaled.accepted
+    assert np.abs(one - other).max() <= 1e-9 * np.abs(one - case.theta).max()
+    assert isclose(info.step_length, scaled.step_length, rtol=1e-9) and isclose(info.kl, scaled.kl, rtol=1e-6)
 
 
 def test_advantages_that_overflow_with_their_weights_are_refused():
@@ -2678,6 +2756,24 @@ def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
     assert len(quiet.stdout.splitlines()) == 1
 
 
+def test_a_run_that_vine_refuses_leaves_no_folder(tmp_path):
+    result = shell(tmp_path, "--env", "CartPole-v1", "--sampling", "vine", "--total-steps", "1000", "--out", "here")
+    assert result.returncode == 2 and "total_steps must be at least the 1536" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and os.listdir(tmp_path) == []
+
+
+def test_a_signal_while_the_result_is_written_does_not_stop_the_writing(tmp_path, monkeypatch, capsys):
+    save = tm.save
+
+    def slow_save(state, path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(state, path)
+
+    monkeypatch.setattr(tm, "save", slow_save)
+    assert tm.main(["--env", "CartPole-v1", "--total-steps", "64", "--out", str(tmp_path / "x"), "--quiet"]) == 0
+    assert tm.load(tmp_path / "x" / "checkpoint.npz").updates == 1
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_a_run_after_the_update_and_saves_it(tmp_path, name):
     command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Pendulum-v1", "--out", "here"]
@@ -2699,9 +2795,9 @@ def test_a_second_signal_interrupts_a_long_update_and_still_saves(tmp_path):
     )
     while "  return " not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        time.sleep(0.3)  # into the next rollout
+        process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1

@@ -115,7 +115,9 @@ class Config(NamedTuple):
     sampling: Annotated[str, "single_path vine", "what advantages come from: the steps taken, or branches off them"] = (
         "single_path"
     )
-    vine_states: Annotated[int, "[1, inf)", "vine: states per update to branch from, over all environments"] = 16
+    vine_states: Annotated[
+        int, "[1, inf)", "vine: states per update to branch from, in equal parts of each environment"
+    ] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.01
@@ -274,9 +276,20 @@ def _check_batch(policy, theta, batch):
     _check_number("group", batch.group, int, "[1, inf)")
     if n % batch.group:
         raise ValueError(f"group must divide the number of rows, {n}, got {batch.group}")
-    if batch.group > 1 and not (_group_mean(np.broadcast_to(weights, n), batch.group) > 0).all():
-        raise ValueError("weights must add up to a positive number in each group")
+    if batch.group > 1:
+        weights = _check_groups(obs, np.broadcast_to(weights, n).reshape(-1, batch.group))
     return theta, Batch(obs, actions, adv, mu_old, weights, int(batch.group))
+
+
+def _check_groups(obs, weights):
+    """weights (N,) out of weights (states, K), divided by their mean in each state: no scale of them matters."""
+    K, largest = weights.shape[1], weights.max(axis=1, keepdims=True)
+    if (weights < 0).any() or not largest.all():
+        raise ValueError("weights must not be negative, and not all be 0, in a group")
+    if (obs != np.repeat(obs[::K], K, axis=0)).any():
+        raise ValueError(f"each group of {K} rows must be of one state, got rows of obs that differ")
+    weights = weights / largest
+    return (weights / weights.mean(axis=1, keepdims=True)).ravel()
 
 
 def _check_mu_old(mu_old, mu):
@@ -983,8 +996,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     The same step as the policy's: V is the mean of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is
     the Gauss-Newton matrix.  The step solves the linearised least squares as far as damping and cg_iters (the
     policy's) let it; it is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept
-    only if that error falls.  No learning rate, no
-    minibatches, no random numbers.
+    only if that error falls.  No learning rate, no minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1154,15 +1166,36 @@ def _shared(layers):
     return {id(each): each for each in (*layers, *native)}
 
 
+def _physics(env):
+    """Of an environment of MuJoCo: model, data, what mj_getState is to save, and the arrays in data; else nothing.
+
+    The arrays, because Ant and Humanoid read the positions of bodies before they step, which are not in that state and
+    lag it by a substep.  Copies of data itself would do too, but reserve 14 MB each.
+    """
+    data = vars(env.unwrapped).get("data")
+    if type(data).__name__ != "MjData":
+        return ()
+    import mujoco
+
+    arrays = {name: getattr(data, name) for name, each in vars(type(data)).items() if isinstance(each, property)}
+    arrays = {name: each for name, each in arrays.items() if isinstance(each, np.ndarray)}
+    return env.unwrapped.model, data, mujoco.mjtState.mjSTATE_INTEGRATION, arrays
+
+
 def save_env(env):
     """All that env and its wrappers know, for restore_env.
 
     Attribute by attribute: a deepcopy of the environment itself would be a new one, not yet reset, where its class is
-    an EzPickle, as all of MuJoCo's are.  MuJoCo's data is copied whole: the positions of bodies, which Ant and Humanoid
-    read before they step, are not in the state that mj_getState returns, and lag it by a substep.
+    an EzPickle, as all of MuJoCo's are.
     """
-    layers = _layers(env)
-    physics = {name: copy.copy(each) for name, each in vars(env.unwrapped).items() if type(each).__name__ == "MjData"}
+    layers, physics = _layers(env), _physics(env)
+    if physics:
+        import mujoco
+
+        model, data, spec, arrays = physics
+        state = np.empty(mujoco.mj_stateSize(model, spec))
+        mujoco.mj_getState(model, data, state, spec)
+        physics = state, {name: array.copy() for name, array in arrays.items()}
     return copy.deepcopy([vars(layer) for layer in layers], _shared(layers)), physics
 
 
@@ -1172,14 +1205,18 @@ def restore_env(env, saved):
     for layer, old in zip(layers, copy.deepcopy(attributes, _shared(layers)), strict=True):
         vars(layer).clear()
         vars(layer).update(old)
-    for name, data in physics.items():
+    if physics:
         import mujoco
 
-        mujoco.mj_copyData(getattr(env.unwrapped, name), env.unwrapped.model, data)
+        (state, old), (model, data, spec, arrays) = physics, _physics(env)
+        mujoco.mj_setState(model, data, state, spec)
+        for name, array in arrays.items():
+            if array.shape == old[name].shape:  # those of the contacts, made anew by each step, come and go
+                array[...] = old[name]
 
 
 def _check_restorable(env):
-    """ValueError of one sentence unless env, restored twice, repeats 100 transitions bit for bit."""
+    """ValueError of one sentence unless env, restored after a reset, repeats 100 transitions bit for bit, twice."""
     from gymnasium.spaces import flatten
 
     space = copy.deepcopy(env.action_space)
@@ -1189,21 +1226,24 @@ def _check_restorable(env):
     def play(actions):
         for action in actions:
             obs, reward, terminated, truncated, _ = env.step(action)
-            yield flatten(env.observation_space, obs).tobytes(), float(reward), bool(terminated), bool(truncated)
+            yield flatten(env.observation_space, obs).tobytes(), repr((reward, terminated, truncated))
             if terminated or truncated:
-                obs, _ = env.reset()
-                yield flatten(env.observation_space, obs).tobytes()
+                yield flatten(env.observation_space, env.reset()[0]).tobytes()
 
-    env.reset(seed=0)
-    list(play(actions[:10]))
     try:
+        before = save_env(env)
+        env.reset(seed=0)
+        list(play(actions[:10]))
         saved = save_env(env)
         first, repeats = list(play(actions[10:])), []
         for elsewhere in (0, 7):
+            env.reset()
             list(play(actions[:elsewhere]))
             restore_env(env, saved)
+            env.np_random = env.np_random  # as branch does
             repeats.append(list(play(actions[10:])))
         why = None if repeats == [first, first] else "restored, it does not repeat the same transitions"
+        restore_env(env, before)
     except Exception as error:  # what a class raises that cannot be copied is its own choice
         why = repr(error)
     if why:
@@ -1289,7 +1329,7 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99, n_
     """n_steps of every environment under theta, from where runner stands: returns (Rollout, Runner).
 
     The rows are those of a serial loop in each environment, whatever the autoreset mode.  obs_stats stays as it is.
-    The environments are saved, for branch, before n_saved of the steps, evenly spaced.
+    The environments are saved, for branch, before n_saved of the steps, one in each of so many equal stretches.
     Raises ValueError where an observation or a reward is not finite.
     """
     from gymnasium.spaces import flatten
@@ -1300,7 +1340,8 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99, n_
     raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
     mu, (noise, actions) = np.empty((n_steps, E, K), theta.dtype), _draw(policy, rng, (n_steps, E), theta.dtype)
     rewards, discounted, flags = *np.empty((2, n_steps, E)), np.empty((3, n_steps, E), bool)
-    step, save_at = _actor(policy, theta, obs_stats, E), {i * n_steps // n_saved for i in range(n_saved)}
+    step, edges = _actor(policy, theta, obs_stats, E), np.arange(n_saved + 1) * n_steps // max(n_saved, 1)
+    save_at = set(rng.integers(edges[:-1], edges[1:]).tolist())  # by chance: episodes may be as long as the stretches
     current, resetting, running = runner.obs, runner.resetting, runner.discounted
     episode_return, episode_length = runner.episode_return.copy(), runner.episode_length.copy()
     final_at, final_obs, episodes, saved = [], [], [], []
@@ -1351,7 +1392,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
     """From each state in rollout.saved, K branches of at most vine_steps steps: a Rollout whose columns are branches.
 
     The first actions are every action of a small discrete space, else samples.  The K branches of a state, side by
-    side, share their random numbers: the noise of the later actions, and a new generator for the environment.  At the
+    side, share their random numbers: the noise of the later actions, and a new np_random for the environment.  At the
     end the environments are back where they were.  Source: Schulman et al. 2015, section 5.2.
     """
     from gymnasium.spaces import flatten
@@ -1507,7 +1548,7 @@ def _vine_plan(envs, policy, config):
     """How often a rollout saves the environments for branches, and the most steps that an update takes."""
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-    if type(envs) is not SyncVectorEnv or envs.metadata["autoreset_mode"] != AutoresetMode.DISABLED:
+    if not isinstance(envs, SyncVectorEnv) or envs.metadata["autoreset_mode"] != AutoresetMode.DISABLED:
         raise ValueError(
             "vine sampling restores environments one by one: give it an id, a callable, a gym.Env, or a SyncVectorEnv "
             f"with autoreset_mode DISABLED, not {envs}"
@@ -1537,9 +1578,9 @@ def train(env, config=Config(), *, seed=0, callback=None):
     spec = _spec(envs)
     state = init_state(spec.id if spec else type(envs.unwrapped).__name__, policy, config, seed)
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
-    n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, 1)
     stop, handled = False, sys.exc_info()[1]
     try:
+        n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, 1)
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng_state
         runner = _first_runner(envs, int(rng.integers(2**31)))
@@ -1812,12 +1853,16 @@ def _run(args):
             if getattr(error, "state", None) and error.state.updates:
                 save(error.state, path)
                 print(f"\nstopped after {error.state.steps:,} steps; what was learned is saved in {out}")
+            else:
+                with contextlib.suppress(OSError):
+                    out.rmdir()  # nothing is in it
             if isinstance(error, KeyboardInterrupt) and signals:
                 return 128 + signals[0]
             raise
         finally:
             envs.close()
-    save(state, path)
+        with _signals_noted():  # a signal that comes now does not stop the writing
+            save(state, path)
     mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
     print(
         f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {name}: mean return {mean:.1f} over the "
