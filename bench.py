@@ -415,38 +415,40 @@ def draw_sampling(rows):
 
 
 # ============================================================================================= faults put in on purpose
-def spans(names):
-    """The first and last line of each function of trpo_min.py."""
-    tree = ast.parse((HERE / "trpo_min.py").read_text())
+def spans(folder, names):
+    """The first and last line of each of these functions."""
+    tree = ast.parse((folder / "trpo_min.py").read_text())
     lines = {node.name: (node.lineno, node.end_lineno) for node in tree.body if isinstance(node, ast.FunctionDef)}
     return {name: lines[name] for name in names}
 
 
 def mutants_of(settings, names, folder):
-    """A process that tries each mutant of these functions in a copy of the project; its results go to a database."""
-    config = {
-        "module-path": "trpo_min.py",
-        "timeout": 300.0,
-        "excluded-modules": [],
-        "test-command": settings["test-command"],
-        "distributor": {"name": "local"},
-        "filters": {
-            "line-filter": {"lines": {"trpo_min.py": [f"{a}-{b}" for a, b in spans(names).values()]}},
-            "operators-filter": {"exclude-operators": settings["exclude-operators"]},
-        },
-    }
-    for name in ("trpo_min.py", "test_trpo_min.py", "pyproject.toml"):
-        shutil.copy(HERE / name, folder)
-    (folder / "c.toml").write_text(toml().dumps({"cosmic-ray": config}))
+    """A process that tries the mutants of these functions, on a copy of the project in folder, and keeps a database."""
     quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    for command in (
-        "cosmic-ray init c.toml s.db",
-        "cr-filter-lines --config c.toml s.db",
-        "cr-filter-operators s.db c.toml",
-    ):
-        subprocess.run(command.split(), check=True, **quiet)
-    one_thread = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "quick"}
-    return subprocess.Popen(["cosmic-ray", "exec", "c.toml", "s.db"], env=os.environ | one_thread, **quiet)
+    if not (folder / "s.db").exists():
+        folder.mkdir(parents=True)
+        for name in ("trpo_min.py", "test_trpo_min.py", "pyproject.toml"):
+            shutil.copy(HERE / name, folder)
+        shutil.copy(HERE / "trpo_min.py", folder / "without_fault.py")
+        lines = [f"{first}-{last}" for first, last in spans(folder, names).values()]
+        config = {
+            "module-path": "trpo_min.py",
+            "timeout": 300.0,
+            "excluded-modules": [],
+            "test-command": settings["test-command"],
+            "distributor": {"name": "local"},
+            "filters": {
+                "line-filter": {"lines": {"trpo_min.py": lines}},
+                "operators-filter": {"exclude-operators": settings["exclude-operators"]},
+            },
+        }
+        (folder / "c.toml").write_text(toml().dumps({"cosmic-ray": config}))
+        commands = "cosmic-ray init c.toml s.db; cr-filter-lines --config c.toml s.db; cr-filter-operators s.db c.toml"
+        for command in commands.split("; "):
+            subprocess.run(command.split(), check=True, **quiet)
+    shutil.copy(folder / "without_fault.py", folder / "trpo_min.py")
+    alone = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "quick"}
+    return subprocess.Popen(["cosmic-ray", "exec", "c.toml", "s.db"], env=os.environ | alone, **quiet)
 
 
 def toml():
@@ -456,41 +458,50 @@ def toml():
 
 
 def mutation(args):
-    """The share of small faults in the mathematics that the tests find; survivors go to results/mutants.csv."""
+    """The share of small faults in the mathematics that the tests find; survivors go to results/mutants.csv.
+
+    What was tried is kept in the folder .mutants, and a run that was cut short goes on from there; delete it to start
+    anew, and after each change of the code.
+    """
     settings = toml().loads((HERE / "pyproject.toml").read_text())["tool"]["trpo-min"]["mutation"]
-    names = args.only or settings["functions"]
-    path, reasons, rows = RESULTS / "mutants.csv", {}, []
+    names, path, reasons, survivors = settings["functions"], RESULTS / "mutants.csv", {}, []
+    folders = [HERE / ".mutants" / str(i) for i in range(args.workers)]
     if path.exists():
         reasons = {(row["function"], row["was"], row["became"]): row["reason"] for row in read_csv(path)}
-    with contextlib.ExitStack() as stack:
-        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(args.workers)]
-        processes = [mutants_of(settings, names[i :: len(folders)], folder) for i, folder in enumerate(folders)]
-        for process, folder in zip(processes, folders, strict=True):
+    processes = [mutants_of(settings, names[i :: len(folders)], folder) for i, folder in enumerate(folders)]
+    try:
+        for process in processes:
             process.wait()
-            query = (
-                "select start_pos_row, test_outcome, diff from mutation_specs join work_results using (job_id) "
-                "where worker_outcome != 'SKIPPED'"
-            )
-            rows += sqlite3.connect(folder / "s.db").execute(query).fetchall()
-    survivors = []
-    for line, outcome, diff in rows:
-        if "SURVIVED" in outcome:
-            was, became = ([x[1:].strip() for x in diff.splitlines() if x[:1] == s and x[:3] != s * 3] for s in "-+")
-            function = next(name for name, (first, last) in spans(names).items() if first <= line <= last)
-            survivors.append((function, *("; ".join(part) for part in (was, became))))
+    except KeyboardInterrupt:  # report what there is
+        for process in processes:
+            process.terminate()
+            process.wait()
+    tried = pending = 0
+    for folder in folders:
+        base = sqlite3.connect(folder / "s.db")
+        pending += base.execute(
+            "select count(*) from work_items where job_id not in (select job_id from work_results)"
+        ).fetchone()[0]
+        query = (
+            "select start_pos_row, test_outcome, diff from mutation_specs join work_results using (job_id) "
+            "where worker_outcome != 'SKIPPED'"
+        )
+        for line, outcome, diff in base.execute(query):
+            tried += 1
+            if "SURVIVED" in outcome:
+                parts = ([x[1:].strip() for x in diff.splitlines() if x[:1] == s and x[:3] != s * 3] for s in "-+")
+                function = next(name for name, (a, b) in spans(folder, names).items() if a <= line <= b)
+                survivors.append((function, *("; ".join(part) for part in parts)))
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["function", "was", "became", "reason"])
         writer.writerows([*key, reasons.get(key, "")] for key in sorted(survivors))
-    explained = sum(bool(reasons.get(key)) for key in survivors)
+    explained, killed = sum(bool(reasons.get(key)) for key in survivors), tried - len(survivors)
     print(machine())
     print(
-        f"{len(rows)} mutants, {len(rows) - len(survivors)} killed; {len(survivors)} survive, {explained} with a reason"
+        f"{tried} of {tried + pending} mutants tried, {killed} killed; {len(survivors)} survive, {explained} with reason"
     )
-    print(
-        f"score {(len(rows) - len(survivors)) / len(rows):.1%}, of those that change behaviour "
-        f"{(len(rows) - len(survivors)) / (len(rows) - explained):.1%}"
-    )
+    print(f"score {killed / tried:.1%}, of those that change behaviour {killed / (tried - explained):.1%}")
 
 
 def main():
@@ -513,7 +524,6 @@ def main():
     command.set_defaults(run=sampling)
     command = commands.add_parser("mutation", help=mutation.__doc__)
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the cores)")
-    command.add_argument("--only", nargs="+", help="these functions (default: those in pyproject.toml)")
     command.set_defaults(run=mutation)
     args = parser.parse_args()
     args.run(args)
