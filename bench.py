@@ -9,7 +9,6 @@ this process, with the spread from the first to the third quartile.
 
 import argparse
 import ast
-import contextlib
 import csv
 import os
 import platform
@@ -426,7 +425,7 @@ def mutants_of(settings, names, folder):
     """A process that tries the mutants of these functions, on a copy of the project in folder, and keeps a database."""
     quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     if not (folder / "s.db").exists():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in ("trpo_min.py", "test_trpo_min.py", "pyproject.toml"):
             shutil.copy(HERE / name, folder)
         shutil.copy(HERE / "trpo_min.py", folder / "without_fault.py")
@@ -443,9 +442,12 @@ def mutants_of(settings, names, folder):
             },
         }
         (folder / "c.toml").write_text(toml().dumps({"cosmic-ray": config}))
-        commands = "cosmic-ray init c.toml s.db; cr-filter-lines --config c.toml s.db; cr-filter-operators s.db c.toml"
+        commands = (
+            "cosmic-ray init c.toml new.db; cr-filter-lines --config c.toml new.db; cr-filter-operators new.db c.toml"
+        )
         for command in commands.split("; "):
             subprocess.run(command.split(), check=True, **quiet)
+        (folder / "new.db").rename(folder / "s.db")
     shutil.copy(folder / "without_fault.py", folder / "trpo_min.py")
     alone = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "quick"}
     return subprocess.Popen(["cosmic-ray", "exec", "c.toml", "s.db"], env=os.environ | alone, **quiet)
@@ -499,7 +501,7 @@ def mutation(args):
     explained, killed = sum(bool(reasons.get(key)) for key in survivors), tried - len(survivors)
     print(machine())
     print(
-        f"{tried} of {tried + pending} mutants tried, {killed} killed; {len(survivors)} survive, {explained} with reason"
+        f"{tried} of {tried + pending} mutants tried, {killed} killed; {len(survivors)} survive, {explained} explained"
     )
     print(f"score {killed / tried:.1%}, of those that change behaviour {killed / (tried - explained):.1%}")
 
