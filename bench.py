@@ -3,7 +3,7 @@
     OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python bench.py fvp       the Fisher-vector product
     python bench.py learn CartPole-v1 --seeds 20                        learning, a row a seed, appended to results/
 
-Each sub-command checks first that what it compares gives the same numbers.  Times are medians of --repeats calls in
+`pip install ".[bench,mujoco]"` has what these need.  Each sub-command checks first that what it compares gives the same numbers.  Times are medians of --repeats calls in
 this process, with the spread from the first to the third quartile.
 """
 
@@ -368,7 +368,10 @@ def sampling(args):
                 ("updates", points),
             ):
                 y = interpolated(mine, axis, grid)
-                cells = (f"{m:7.1f} +- {d:<6.1f}" for m, d in zip(y.mean(axis=0), y.std(axis=0, ddof=1), strict=True))
+                cells = (
+                    f"{m:7.1f} +- {d:<6.1f}"
+                    for m, d in zip(y.mean(axis=0), y.std(axis=0, ddof=min(1, len(y) - 1)), strict=True)
+                )
                 print(f"  {kind:15} at {axis} {', '.join(f'{x:,}' for x in grid):24} {' '.join(cells)}")
             for updates in points:
                 mine = [r for r in noise if tuple(r.values())[:3] == (env, kind, str(updates))]
@@ -403,7 +406,7 @@ def draw_sampling(rows):
                 )
                 grid = np.linspace(0, last, 200)
                 y = interpolated(mine, axis, grid)
-                mean, deviation = y.mean(axis=0), y.std(axis=0, ddof=1)
+                mean, deviation = y.mean(axis=0), y.std(axis=0, ddof=min(1, len(y) - 1))
                 axes[i, j].plot(grid, mean, color=colour, label=kind)
                 axes[i, j].fill_between(grid, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
             axes[i, j].set(
