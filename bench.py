@@ -3,8 +3,8 @@
     OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python bench.py fvp       the Fisher-vector product
     python bench.py learn CartPole-v1 --seeds 20                        learning, a row a seed, appended to results/
 
-`pip install ".[bench,mujoco]"` has what these need.  Each sub-command checks first that what it compares gives the same numbers.  Times are medians of --repeats calls in
-this process, with the spread from the first to the third quartile.
+Each sub-command checks first that what it compares gives the same numbers.  Times are medians of --repeats calls in
+this process, with the spread from the first to the third quartile.  `pip install ".[bench,mujoco]"` has all it needs.
 """
 
 import argparse
