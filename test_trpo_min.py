@@ -578,6 +578,12 @@ def test_kl_is_not_negative_and_zero_on_itself(policy, seed, spread):
     assert (tm.kl(policy, old, close) >= -EPS).all()
 
 
+def test_kl_of_a_tiny_change_keeps_its_relative_precision():
+    policy, h = tm.Policy((1, 2), "categorical", (2,)), 1e-6
+    exact = h**2 / 8 - h**4 / 192  # log cosh(h / 2), of which the next term is below 1e-26 of this
+    assert isclose(tm.kl(policy, np.zeros((1, 2)), np.array([[h, 0.0]]))[0], exact, rtol=1e-8)  # eps / h
+
+
 def test_kl_takes_old_first():
     p, q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
     policy = tm.Policy((1, 2), "categorical", (2,))
