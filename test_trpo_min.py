@@ -246,6 +246,16 @@ def test_forward_is_the_network_written_out(case):
     assert np.abs(tm.forward(*case[:3]) - expected).max() <= tolerance(case, largest)
 
 
+@given(cases())
+def test_the_first_parameters_are_orthogonal_and_those_of_the_last_layer_small(case):
+    weights, log_std = layers(case.policy, tm.init_params(case.policy, case.rng))
+    for i, (W, b) in enumerate(weights):
+        scale = 0.01 if i == len(weights) - 1 else 1.0
+        assert allclose(np.linalg.svd(W, compute_uv=False), scale, rtol=100 * EPS * max(W.shape))
+        assert (b == 0).all()
+    assert (log_std == 0).all()
+
+
 def test_tanh_has_six_eps_of_relative_error_and_is_odd_and_passes_nan_on():
     x = np.concatenate([np.logspace(-300, 2.5, 20001), np.linspace(0, 25, 20001), [np.inf]])[None]
     ours, exact = x.copy(), np.tanh(x.astype(np.longdouble))
