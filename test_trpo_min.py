@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=60, **common)
-settings.register_profile("quick", max_examples=15, phases=NO_SHRINKING, **common)
+settings.register_profile("quick", max_examples=15, phases=NO_SHRINKING, database=None, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
@@ -470,8 +470,9 @@ def test_cg_matches_a_direct_solver_to_the_condition_number(seed, n, log_conditi
     A, b = spd(rng, n, log_condition), rng.normal(size=n)
     result = tm.cg(lambda p: A @ p, b, max_iter=50 * n, tol=1e-12)
     exact = np.linalg.solve(A, b)
-    # |x - exact| <= |A^-1| |residual|, plus what rounding makes of A and b
-    assert np.linalg.norm(result.x - exact) <= 10.0**log_condition * (1e-12 + 50 * n * EPS) * np.linalg.norm(b) * 10
+    # |x - exact| <= |A^-1| |residual|; what is left of the residual is tol |b|, and rounding of A x, |A| = 1
+    residual = 1e-12 * np.linalg.norm(b) + 50 * n * EPS * np.linalg.norm(exact)
+    assert np.linalg.norm(result.x - exact) <= 10 * 10.0**log_condition * residual
 
 
 @given(seeds, st.integers(1, 8))
@@ -1266,7 +1267,7 @@ def exact_batch(mdp, policy, theta):
 
 
 def largest_kl(old, new):
-    return scipy.special.rel_entr(old, new).sum(axis=1).max()
+    return max(scipy.special.rel_entr(old, new).sum(axis=1).max(), 0.0)  # rounding may leave it below
 
 
 @given(heads, seeds, st.floats(0.01, 1))
