@@ -1955,12 +1955,8 @@ def transitions(env, actions):
 
 
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
-TOY_TEXT = [
-    "FrozenLake-v1",
-    "CliffWalking-v1",
-    max(id for id in gym.registry if id.startswith("Taxi-")),
-    "Blackjack-v1",
-]
+TOY_TEXT_NAMES = ("FrozenLake", "CliffWalking", "Taxi", "Blackjack")
+TOY_TEXT = [max(id for id in gym.registry if id.startswith(name + "-v")) for name in TOY_TEXT_NAMES]
 MUJOCO = ["Hopper-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5", "Reacher-v5", "InvertedPendulum-v5"]
 
 
