@@ -928,6 +928,7 @@ def test_zero_advantages_change_nothing_and_warn_of_nothing(case):
         theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case, np.zeros(len(case.obs))), CONFIG)
     assert theta.tobytes() == case.theta.tobytes()
     assert (info.accepted, info.reason, info.cg_iters, info.kl <= 1e-12) == (False, "zero gradient", 0, True)
+    assert (info.backtracks, info.step_length, info.cg_iters) == (0, 0.0, 0)
 
 
 @given(update_cases())
