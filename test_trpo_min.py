@@ -542,6 +542,19 @@ def test_cg_ends_at_negative_curvature_with_a_status_and_no_nan(seed, n):
     assert np.isfinite(result.x).all()
 
 
+def test_cg_ends_where_the_curvature_is_zero():
+    result = tm.cg(lambda p: 0 * p, np.ones(3))
+    assert (result.status, result.n_iter) == ("negative curvature", 0) and (result.x == 0).all()
+
+
+def test_the_compiled_solve_says_whether_it_converged():
+    case = fixed_case("gaussian")
+    acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
+    for max_iter, expected in ((2, tm.ITERATION_LIMIT), (500, tm.CONVERGED)):
+        fisher = tm._fisher(case.policy, case.theta, acts)
+        assert tm._solve(case.theta, np.ones_like(case.theta), *fisher, 0.1, max_iter, 1e-8)[3] == expected
+
+
 def test_cg_ends_at_a_product_that_is_not_finite():
     result = tm.cg(lambda p: p * np.nan, np.ones(3))
     assert result.status == "not finite"
