@@ -721,14 +721,13 @@ def test_metric_is_its_dense_form(policy, seed):
 def test_metric_of_a_nearly_certain_choice_keeps_its_relative_precision(n, seed, certainty):
     """M d = p_k sum_j p_j (d_k - d_j): the form in which nothing cancels."""
     rng = np.random.default_rng(seed)
-    policy, d = tm.Policy((1, n), "categorical", (n,)), rng.normal(size=(1, n))
-    logits = rng.normal(size=(1, n))
-    logits[0, 0] += certainty
-    p = scipy.special.softmax(logits[0])
-    expected = np.array([p[k] * (p * (d[0, k] - d[0])).sum() for k in range(n)])
-    spread = np.array([p[k] * (p * np.abs(d[0, k] - d[0])).sum() for k in range(n)])
+    policy, d, logits = tm.Policy((1, n), "categorical", (n,)), *rng.normal(size=(2, 3, n))
+    logits[np.arange(3), rng.permutation(max(n, 3))[:3] % n] += certainty
+    p = scipy.special.softmax(logits, axis=1)
+    apart = d[:, :, None] - d[:, None, :]
+    expected, spread = (p * (p[:, None, :] * each).sum(axis=2) for each in (apart, np.abs(apart)))
     # logits of some size carry that many eps into p
-    assert (np.abs(tm.fisher_metric(policy, logits, d)[0] - expected) <= 20 * (certainty + 5) * EPS * spread).all()
+    assert (np.abs(tm.fisher_metric(policy, logits, d) - expected) <= 20 * (certainty + 5) * EPS * spread).all()
 
 
 @given(st.integers(2, 6), seeds)
@@ -1088,6 +1087,13 @@ def test_the_line_search_takes_the_first_candidate_that_has_both(monkeypatch):
         assert kl > 0.01 or slow_surrogate(case.policy, candidate, batch) <= info.surrogate_old
 
 
+def test_a_step_too_short_to_change_theta_is_refused_as_it_is_no_better():
+    case = fixed_case()
+    theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case), tm.Config(max_kl=1e-60))
+    assert theta.tobytes() == case.theta.tobytes()
+    assert not info.accepted and info.reason.startswith("none of")
+
+
 def test_a_batch_of_one_row_and_identical_rows_update_without_nan():
     for head in ("categorical", "gaussian"):
         for n in (1, 5):
@@ -1208,6 +1214,18 @@ def test_fit_value_of_a_linear_value_function_solves_least_squares(seed, D):
     X = np.c_[obs, np.ones(40)]
     exact = np.linalg.lstsq(X, returns, rcond=None)[0]
     assert allclose(phi, exact, atol=1e-4)
+
+
+@given(seeds)
+def test_a_value_step_that_has_to_stop_at_its_trust_region_goes_that_far(seed):
+    """V linear in phi moves by exactly the quadratic model; rounding may cost one backtrack."""
+    rng, value = np.random.default_rng(seed), tm.Policy((3, 1), "value")
+    obs = rng.normal(size=(40, 3))
+    returns, config = obs @ np.ones(3) + 0.1 * rng.normal(size=40), CONFIG._replace(value_iters=1, value_kl=0.01)
+    phi = tm.init_params(value, rng)
+    old, new = (dense_forward(value, p, obs)[:, 0] for p in (phi, tm.fit_value(value, phi, obs, returns, config)))
+    moved = np.square(new - old).mean() / 2 / np.square(returns - old).mean()
+    assert 0.8**2 * 0.01 * (1 - 1e-9) <= moved <= 0.01 * (1 + 1e-9)
 
 
 @given(cases(heads=("value",), max_rows=30, wide=6, scales=(0.3,)))
@@ -2052,6 +2070,26 @@ def test_the_check_before_vine_leaves_the_environment_as_it_was():
     assert env.np_random.bit_generator.state == state and env.episode_count == 0
     hide = lambda text: re.sub("0x[0-9A-Fa-f]+", "", text)  # noqa: E731
     assert [hide(repr(vars(layer))) for layer in tm._layers(env)] == [hide(text) for text in before[1]]
+
+
+def test_branches_share_their_random_numbers_within_a_state_and_with_no_other():
+    class Noise(gym.Env):
+        observation_space, action_space = spaces.Box(0, 1, (1,), np.float64), spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(1), {}
+
+        def step(self, action):
+            return self.np_random.random(1), 0.0, False, False, {}
+
+    envs = SyncVectorEnv([Noise] * 2, autoreset_mode=AutoresetMode.DISABLED)
+    state, runner = start(envs, tm.Config(hidden=(4,), vine_steps=1))
+    now, rng = (envs, *state[2:4], state.obs_stats), np.random.default_rng(0)
+    rollout, _ = tm.collect(*now, runner, rng, 30, 0.99, 30)
+    seen = tm.branch(*now, rollout, rng, state.config).last_obs.reshape(60, 2)
+    assert (seen[:, 0] == seen[:, 1]).all()
+    assert len(set(seen[:, 0])) == 60
 
 
 def test_branches_start_at_other_steps_in_each_rollout():
