@@ -608,6 +608,13 @@ def test_kl_of_a_tiny_change_keeps_its_relative_precision():
     assert isclose(tm.kl(policy, np.zeros((1, 2)), np.array([[h, 0.0]]))[0], exact, rtol=1e-8)  # eps / h
 
 
+@pytest.mark.parametrize("rare", [0.3, 0.1, 1e-3, 1e-9])
+def test_kl_is_right_where_a_choice_becomes_many_times_as_likely(rare):
+    policy, p, q = tm.Policy((1, 2), "categorical", (2,)), np.array([rare, 1 - rare]), np.array([1 - rare, rare])
+    by_hand = (1 - 2 * rare) * np.log((1 - rare) / rare)
+    assert isclose(tm.kl(policy, np.log(p)[None], np.log(q)[None]), by_hand, rtol=1e-12)
+
+
 def test_kl_takes_old_first():
     p, q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
     policy = tm.Policy((1, 2), "categorical", (2,))
@@ -940,6 +947,7 @@ def test_zero_advantages_change_nothing_and_warn_of_nothing(case):
         theta, info = tm.trpo_update(case.policy, case.theta, make_batch(case, np.zeros(len(case.obs))), CONFIG)
     assert theta.tobytes() == case.theta.tobytes()
     assert (info.accepted, info.reason, info.cg_iters, info.kl <= 1e-12) == (False, "zero gradient", 0, True)
+    assert info.cg_status == "converged"
     assert (info.backtracks, info.step_length, info.cg_iters) == (0, 0.0, 0)
 
 
