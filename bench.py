@@ -1,15 +1,22 @@
 """Every number that the README shows, each by one sub-command.
 
-    OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python bench.py fvp       the Fisher-vector product
-    python bench.py learn CartPole-v1 --seeds 20                        learning, a row a seed, appended to results/
+    OPENBLAS_NUM_THREADS=2 NUMBA_NUM_THREADS=2 python bench.py update             speed, on two threads
+    OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 taskset -c 0 python bench.py update      the same on one
+    python bench.py learn CartPole-v1 --seeds 20              learning, a row a seed, appended to results/
 
 Each sub-command checks first that what it compares gives the same numbers.  Times are medians of --repeats calls in
-this process, with the spread from the first to the third quartile.  `pip install ".[bench,mujoco]"` has all it needs.
+this process, with the spread from the first to the third quartile.  `pip install ".[bench,mujoco,envpool]"` has all
+it needs, the programs that it compares with included.
 """
 
 import argparse
 import ast
+import atexit
+import contextlib
+import copy
 import csv
+import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -18,8 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
+import gymnasium as gym
 import numba
 import numpy as np
 import scipy
@@ -38,24 +47,71 @@ def machine():
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     blas = os.environ.get("OPENBLAS_NUM_THREADS", "not set")
     return (
-        f"{name}, {os.cpu_count()} cores; Numba threads {numba.get_num_threads()}, BLAS threads {blas}; "
+        f"{name}, {os.cpu_count()} cores; threads {threads()}, BLAS threads {blas}; "
         f"Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}, "
         f"SciPy {scipy.__version__}; {time.strftime('%Y-%m-%d')}"
     )
 
 
-def timed(function, repeats):
-    """Median and quartiles of the seconds that function takes."""
+def threads():
+    return numba.config.NUMBA_NUM_THREADS
+
+
+def timed(function, repeats, prepare=lambda: None):
+    """Median and quartiles of the seconds that function takes, each time after prepare."""
     seconds = []
     for _ in range(repeats):
+        prepare()
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
     return np.percentile(seconds, [50, 25, 75])
 
 
+def rested(function, repeats):
+    """timed, after a pause: for some milliseconds after a product, NumPy's BLAS threads keep a core busy waiting."""
+    time.sleep(0.5)
+    function()
+    return timed(function, repeats)
+
+
 def milliseconds(quantiles):
     return f"{quantiles[0] * 1e3:9.3f} ({quantiles[1] * 1e3:.3f}-{quantiles[2] * 1e3:.3f})"
+
+
+def record(name, header, rows, args):
+    """results/name.csv: these rows in place of those with the same number of threads; not from a --quick run."""
+    path = RESULTS / f"{name}.csv"
+    if not args.quick:
+        others = [row for row in read_csv(path) if row["threads"] != str(threads())] if path.exists() else []
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header.split(","))
+            writer.writerows(sorted([*(list(row.values()) for row in others), *rows], key=lambda row: int(row[0])))
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scratch():
+    """An empty folder that is deleted when this process ends."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:grey")
+
+
+def figures(*shape, **options):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*shape, layout="constrained", **options)
 
 
 # ======================================================================================== the Fisher-vector product
@@ -127,19 +183,8 @@ def kernel(policy, theta, obs):
     return product
 
 
-def compile_seconds():
-    """From the first call of F v to its result, in a process of its own with an empty Numba cache."""
-    script = (
-        "import bench, numpy as np, time; policy, theta, obs, v, _ = bench.fisher_case((3, 4, 2), 5, np.float64); "
-        "start = time.perf_counter(); bench.kernel(policy, theta, obs)(v); print(time.perf_counter() - start)"
-    )
-    with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "NUMBA_CACHE_DIR": cache}
-        return float(subprocess.run([sys.executable, "-c", script], env=env, cwd=HERE, capture_output=True).stdout)
-
-
 def fvp(args):
-    """Parity, compile time, then F v against whole-batch NumPy, the empirical form and the dense matrix."""
+    """Parity, then the rate of F v against that of the machine's own matrix product, and whole-batch NumPy."""
     print(machine())
     policy, theta, obs, v, rng = fisher_case((4, 8, 2), 200, np.float64)
     exact = tm.fvp(policy, theta, obs, v)
@@ -154,59 +199,548 @@ def fvp(args):
     error = np.abs(S.T @ (S @ v) / len(many) - exact).max() / np.abs(exact).max()
     print(f"  empirical form    {error:.1e} from 500 actions a state: it is an estimate, 1/sqrt(actions)")
 
-    print(f"\ncompiling F v in a new process with an empty cache: {compile_seconds():.1f} s")
+    print("\nF v, and a product N x H by H x H on all threads, median of milliseconds (quartiles)")
+    print("network        rows  type     ours                       GFLOP/s  of the product's  over whole-batch NumPy")
+    rows = []
+    for sizes in ((11, 64, 64, 3), (17, 256, 256, 6)):
+        for n_rows in (2048,) if args.quick else (2048, 16384, 50000):
+            for dtype in (np.float64, np.float32):
+                policy, theta, obs, v, rng = fisher_case(sizes, n_rows, dtype)
+                (D, H, _, A), shown = sizes, "-".join(map(str, sizes))
+                product, acts = kernel(policy, theta, obs), numpy_activations(policy, theta, obs)
+                square, out = rng.standard_normal((H, H)).astype(dtype), np.empty((n_rows, H), dtype)
+                repeats = max(5, min(args.repeats, int(1e7 / n_rows / H)))
+                takers = [
+                    lambda f=product, v=v: f(v),
+                    lambda a=acts[1], b=square, c=out: np.dot(a, b, c),
+                    lambda p=policy, t=theta, a=acts, v=v: numpy_fvp(p, t, a, v),
+                ]
+                mine, gemm, whole = (rested(function, repeats) for function in takers)
+                flop = 2 * n_rows * (2 * D * H + 4 * H * H + 4 * H * A)
+                rate, best = flop / mine[0] / 1e9, 2 * n_rows * H * H / gemm[0] / 1e9
+                print(
+                    f"{shown:13} {n_rows:5} {np.dtype(dtype).name} {milliseconds(mine):28} {rate:6.1f}  "
+                    f"{rate / best:6.2f} of {best:5.1f}  {whole[0] / mine[0]:9.2f}x",
+                    flush=True,
+                )
+                rows.append([threads(), shown, n_rows, np.dtype(dtype).name, *mine, rate, best, whole[0]])
+    record("fvp", "threads,network,rows,dtype,median,q1,q3,GFLOP/s,product GFLOP/s,NumPy", rows, args)
 
-    print("\nF v, milliseconds, median (quartiles); the network 11-64-64-3 of Hopper, 5,126 parameters")
-    print("  rows   type     ours                     whole-batch NumPy        ratio   empirical, stored scores")
-    for n_rows in (512, 2048) if args.quick else (512, 2048, 16384):
-        for dtype in (np.float64, np.float32):
-            policy, theta, obs, v, rng = fisher_case((11, 64, 64, 3), n_rows, dtype)
-            product, acts = kernel(policy, theta, obs), numpy_activations(policy, theta, obs)
-            ours = timed(lambda product=product, v=v: product(v), args.repeats)
-            whole = timed(lambda p=policy, t=theta, a=acts, v=v: numpy_fvp(p, t, a, v), args.repeats)
-            stored = "-" * 5
-            if n_rows <= 2048:
-                S = score_rows(policy, theta, acts, tm.sample(policy, tm.forward(policy, theta, obs), rng))
-                stored = milliseconds(timed(lambda S=S, v=v: S.T @ (S @ v) / len(S), args.repeats))
-            ratio = whole[0] / ours[0]
-            print(
-                f"{n_rows:6} {np.dtype(dtype).name}  {milliseconds(ours):24} {milliseconds(whole):24} "
-                f"{ratio:5.2f}x  {stored}"
-            )
 
-    print("\ngrowth with the number of parameters P, float64, 512 rows: 11-H-H-3")
-    print("     H        P   ours ms   per 1000 P   dense F v ms   per P^2 x 1e-6   dense F, MB   forming F, s")
-    points = []
-    for hidden in (8, 16, 32) if args.quick else (8, 16, 32, 64, 128, 256):
-        policy, theta, obs, v, _ = fisher_case((11, hidden, hidden, 3), 512, np.float64)
-        P = len(theta)
-        ours = timed(lambda f=kernel(policy, theta, obs), v=v: f(v), args.repeats)[0]
-        dense = forming = np.nan
-        if P <= 6000:
-            start = time.perf_counter()
-            F = dense_fisher(policy, theta, obs)
-            forming = time.perf_counter() - start
-            dense = timed(lambda F=F, v=v: F @ v, args.repeats)[0]
-        points.append((P, ours, dense))
-        print(
-            f"{hidden:6} {P:8,} {ours * 1e3:9.3f} {ours * 1e6 / P:12.4f} {dense * 1e3:14.3f} "
-            f"{dense * 1e9 / P**2:16.3f} {P * P * 8 / 1e6:13.1f} {forming:14.2f}"
-        )
-    P, ours, dense = np.log(np.array(points)).T
-    known = np.isfinite(dense)
+# ====================================================================================== the whole update, and its peers
+CONFIG = tm.Config(cg_tol=0.0)  # ten products whatever the residual
+
+
+def gaussian_batch(sizes, n_rows, dtype):
+    """A policy, its parameters and a batch sampled from it."""
+    policy, theta, obs, _, rng = fisher_case(sizes, n_rows, dtype)
+    mu, adv = tm.forward(policy, theta, obs), rng.standard_normal(n_rows).astype(dtype)
+    return policy, theta, tm.Batch(obs, tm.sample(policy, mu, rng), adv - adv.mean(), mu)
+
+
+def ours(policy, theta, batch):
+    return lambda: None, lambda: tm.trpo_update(policy, theta, batch, CONFIG)[0]
+
+
+def torch_parameters(module, theta, policy):
+    """put() sets the weights of module, in order W, b of each layer, to theta; get() is theta as it is now."""
+    import torch
+
+    weights, log_std = module
+    pairs = list(layers(policy, theta))
+
+    def put():
+        with torch.no_grad():
+            for (W, b), (linear_W, linear_b) in zip(pairs, weights, strict=True):
+                linear_W.copy_(torch.as_tensor(W.T))
+                linear_b.copy_(torch.as_tensor(b))
+            log_std.copy_(torch.as_tensor(theta[-policy.sizes[-1] :]).reshape(log_std.shape))
+
+    def get():
+        parts = [part for W, b in weights for part in (W.detach().numpy().T.ravel(), b.detach().numpy())]
+        return np.concatenate([*parts, log_std.detach().numpy().ravel()])
+
+    return put, get
+
+
+def sb3(policy, theta, batch):
+    """sb3-contrib's TRPO.train, without its value function."""
+    import gymnasium as gym
+    import torch
+    from sb3_contrib import TRPO
+    from stable_baselines3.common.logger import Logger
+
+    D, A, N = policy.sizes[0], policy.sizes[-1], len(batch.obs)
+    env = gym.Env()
+    env.observation_space = gym.spaces.Box(-np.inf, np.inf, (D,), np.float32)
+    env.action_space = gym.spaces.Box(-1, 1, (A,), np.float32)
+    # its KL is a mean over the components of the action too: with these, the problem that it solves is ours
+    options = {"cg_damping": CONFIG.damping / A, "target_kl": CONFIG.max_kl / A, "cg_max_steps": CONFIG.cg_iters}
+    options |= {"n_critic_updates": 0, "normalize_advantage": False, "n_steps": N, "batch_size": N}
+    model = TRPO("MlpPolicy", env, **options, policy_kwargs={"net_arch": list(policy.sizes[1:-1])}, device="cpu")
+    model.set_logger(Logger(None, []))
+    linears = [m for m in model.policy.mlp_extractor.policy_net if hasattr(m, "weight")] + [model.policy.action_net]
+    put, get = torch_parameters(([(m.weight, m.bias) for m in linears], model.policy.log_std), theta, policy)
+    buffer = model.rollout_buffer
+    buffer.observations[:, 0], buffer.actions[:, 0], buffer.advantages[:, 0] = batch.obs, batch.actions, batch.adv
+    buffer.log_probs[:, 0], buffer.full = tm.log_prob(policy, batch.mu_old, batch.actions), True
+    model.policy.set_training_mode(True)
+    torch.set_num_threads(threads())
+
+    def run():
+        model.train()
+        return get()
+
+    return put, run
+
+
+def tianshou(policy, theta, batch):
+    """Tianshou's TRPO, with a value function of one number."""
+    import gymnasium as gym
+    import torch
+    from tianshou.algorithm import TRPO
+    from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
+    from tianshou.algorithm.optim import AdamOptimizerFactory
+    from tianshou.data import Batch
+    from tianshou.utils.net.common import Net
+    from tianshou.utils.net.continuous import ContinuousActorProbabilistic
+
+    D, A = policy.sizes[0], policy.sizes[-1]
+
+    class Critic(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, obs):
+            return self.value.expand(len(obs))
+
+    def dist(loc_scale):
+        return torch.distributions.Independent(torch.distributions.Normal(*loc_scale), 1)
+
+    net = Net(state_shape=(D,), hidden_sizes=policy.sizes[1:-1], activation=torch.nn.Tanh)
+    actor = ContinuousActorProbabilistic(preprocess_net=net, action_shape=(A,), unbounded=True)
+    space = gym.spaces.Box(-1, 1, (A,), np.float32)
+    player = ProbabilisticActorPolicy(actor=actor, dist_fn=dist, action_space=space, action_scaling=False)
+    options = {"max_kl": CONFIG.max_kl, "optim_critic_iters": 1, "advantage_normalization": False}
+    algorithm = TRPO(policy=player, critic=Critic(), optim=AdamOptimizerFactory(), **options)
+    linears = [m for m in [*net.modules(), *actor.mu.modules()] if isinstance(m, torch.nn.Linear)]
+    put, get = torch_parameters(([(m.weight, m.bias) for m in linears], actor.sigma_param), theta, policy)
+    log_prob = tm.log_prob(policy, batch.mu_old, batch.actions)
+    tensors = {"act": batch.actions, "adv": batch.adv, "logp_old": log_prob, "returns": np.zeros_like(batch.adv)}
+    rows = Batch(obs=batch.obs, info=Batch(), **{name: torch.as_tensor(array) for name, array in tensors.items()})
+    torch.set_num_threads(threads())
+
+    def run():
+        algorithm._update_with_batch(rows, None, 1)
+        return get()
+
+    return put, run
+
+
+def jax(policy, theta, batch):
+    """Jitted from start to finish, with the same Gauss-Newton product: the strongest peer we could write."""
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+    sizes, A, N = policy.sizes, policy.sizes[-1], len(batch.obs)
+
+    def mean(theta, obs):
+        at, h = 0, obs
+        for layer, (m, n) in enumerate(itertools.pairwise(sizes)):
+            h = h @ theta[at : at + m * n].reshape(m, n) + theta[at + m * n : at + m * n + n]
+            h, at = jnp.tanh(h) if layer < len(sizes) - 2 else h, at + (m + 1) * n
+        return h
+
+    def log_prob(mu, log_std, actions):
+        return -(0.5 * ((actions - mu) / jnp.exp(log_std)) ** 2 + log_std + 0.5 * tm.LOG_2PI).sum(axis=1)
+
+    @jax.jit
+    def update(theta, obs, actions, adv):
+        std_old, mu_old = theta[-A:], mean(theta, obs)
+        log_prob_old = log_prob(mu_old, std_old, actions)
+
+        def surrogate(theta):
+            return jnp.mean(jnp.exp(log_prob(mean(theta, obs), theta[-A:], actions) - log_prob_old) * adv)
+
+        old, grad = jax.value_and_grad(surrogate)(theta)
+        _, jvp = jax.linearize(lambda theta: mean(theta, obs), theta)
+        _, vjp = jax.vjp(lambda theta: mean(theta, obs), theta)
+
+        def F(v):
+            (out,) = vjp(jvp(v) * jnp.exp(-2 * std_old) / N)
+            return out.at[-A:].set(2 * v[-A:])
+
+        def step(_, carry):
+            x, r, p, rr = carry
+            Ap = F(p) + CONFIG.damping * p
+            alpha = rr / (p @ Ap)
+            r = r - alpha * Ap
+            return x + alpha * p, r, r + (r @ r) / rr * p, r @ r
+
+        x, *_ = jax.lax.fori_loop(0, CONFIG.cg_iters, step, (jnp.zeros_like(grad), grad, grad, grad @ grad))
+        candidate = theta + jnp.sqrt(2 * CONFIG.max_kl / (x @ F(x))) * x
+        mu, std = mean(candidate, obs), candidate[-A:]
+        shift = ((mu_old - mu) / jnp.exp(std)) ** 2
+        kl = (std - std_old + 0.5 * (jnp.exp(2 * (std_old - std)) - 1 + shift)).sum(axis=1).mean()
+        return jnp.where((kl <= CONFIG.max_kl) & (surrogate(candidate) > old), candidate, theta)
+
+    arrays = [jnp.asarray(array) for array in (theta, batch.obs, batch.actions, batch.adv)]
+    return lambda: None, lambda: np.asarray(update(*arrays))
+
+
+def peers(names, extra="bench"):
+    """Those of these functions whose packages are installed; says how to install the others."""
+    for peer, package in names.items():
+        if importlib.util.find_spec(package):
+            yield peer
+        else:
+            print(f'{package} is not installed and left out: pip install ".[{extra}]"')
+
+
+def update(args):
+    """One policy update, 10 CG iterations and one candidate, beside the same of sb3-contrib, Tianshou and JAX."""
+    print(machine())
+    others = list(peers({sb3: "sb3_contrib", tianshou: "tianshou", jax: "jax"}))
+    print("\npolicy update, milliseconds, median (quartiles); 11-64-64-3; cosine: of the peer's step with ours")
+    rows = []
+    for n_rows in (2048,) if args.quick else (512, 2048, 16384):
+        for dtype in (np.float32, np.float64):
+            policy, theta, batch = gaussian_batch((11, 64, 64, 3), n_rows, dtype)
+            if tm.trpo_update(policy, theta, batch, CONFIG)[1].backtracks:  # one way or the other the KL is below its
+                batch = batch._replace(adv=-batch.adv)  # quadratic model, and the first candidate accepted
+            assert tm.trpo_update(policy, theta, batch, CONFIG)[1].backtracks == 0
+            taken, first = {}, None
+            for peer in (ours, *others):
+                if dtype == np.float64 and peer in (sb3, tianshou):  # they are float32 throughout
+                    continue
+                prepare, run = peer(policy, theta, batch)
+                prepare()
+                step = run().astype(np.float64) - theta
+                first = step if first is None else first
+                cosine = step @ first / np.linalg.norm(step) / np.linalg.norm(first)
+                assert cosine > 0.99, f"{peer.__name__} takes another step: cosine {cosine}"
+                taken[peer] = timed(run, args.repeats, prepare)
+                ratio = taken[peer][0] / taken[ours][0]
+                print(
+                    f"{n_rows:6} {np.dtype(dtype).name} {peer.__name__:9} {milliseconds(taken[peer]):28} "
+                    f"{ratio:6.2f}x  cosine {cosine:.6f}",
+                    flush=True,
+                )
+                rows.append([threads(), n_rows, np.dtype(dtype).name, peer.__name__, *taken[peer]])
+    record("update", "threads,rows,dtype,who,median,first quartile,third quartile", rows, args)
+    if not args.quick:
+        draw_update()
+
+
+def draw_update():
+    rows = read_csv(RESULTS / "update.csv")
+    figure, axes = figures(1, 2, figsize=(9, 3.6), sharey=True)
+    for ax, n in zip(axes, sorted({row["threads"] for row in rows}), strict=False):
+        for who, colour in zip(("ours", "jax", "sb3", "tianshou"), COLOURS, strict=False):
+            for dtype, style in (("float32", "-"), ("float64", "--")):
+                mine = [r for r in rows if (r["threads"], r["who"], r["dtype"]) == (n, who, dtype)]
+                if mine:
+                    x, y = ([float(r[key]) for r in mine] for key in ("rows", "median"))
+                    ax.loglog(x, 1e3 * np.array(y), style, marker="o", color=colour, label=f"{who} {dtype}")
+        ax.set(xlabel="rows of the batch", title=f"{n} thread{'s' * (n != '1')}")
+    axes[0].set_ylabel("one policy update, ms")
+    axes[0].legend(fontsize=8)
+    figure.savefig(RESULTS / "update.png", dpi=120)
+
+
+# =========================================================================================== training against stepping
+class Recorder(gym.vector.VectorWrapper):
+    """Remembers the calls, so that they can be made again, and the seconds that they took."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.calls, self.seconds = [], 0.0
+
+    def call(self, name, *args, **kwargs):
+        self.calls.append((name, copy.deepcopy(args), copy.deepcopy(kwargs)))  # before: reset empties its options
+        start = time.perf_counter()
+        result = getattr(self.env, name)(*args, **kwargs)
+        self.seconds += time.perf_counter() - start
+        return result
+
+    def step(self, actions):
+        return self.call("step", actions)
+
+    def reset(self, **kwargs):
+        return self.call("reset", **kwargs)
+
+
+def sync(env, n):
+    mode = gym.vector.AutoresetMode.DISABLED
+    return gym.vector.SyncVectorEnv([lambda: gym.make(env)] * n, autoreset_mode=mode)
+
+
+def own_vector(env, n):
+    return gym.make_vec(env, n, vectorization_mode="vector_entry_point")
+
+
+def envpool(env, n):
+    import envpool
+
+    return envpool.make(env, env_type="gymnasium", num_envs=n, num_threads=threads())
+
+
+TRAIN = {  # environment, kind, environments stepped together, steps
+    "CartPole-v1": ((sync, 8, 40_000), (own_vector, 8, 40_000), (envpool, 8, 40_000)),
+    "HalfCheetah-v5": ((sync, 8, 20_000),),
+    "Hopper-v5": ((sync, 8, 10_000),),
+    "HalfCheetah-v4": ((envpool, 8, 20_000),),
+}
+
+
+def train(args):
+    """Seconds of training over seconds of stepping: the calls that training made to the environments, made again."""
+    print(machine())
     print(
-        f"log-log slope against P: ours {np.polyfit(P[-3:], ours[-3:], 1)[0]:.2f} over the last three sizes, ", end=""
+        "\n                                  steps/s   training/stepping   of training, %: stepping, rollout, update, "
+        "value, rest"
     )
-    print(f"dense {np.polyfit(P[known], dense[known], 1)[0]:.2f} (2, and more where F leaves a cache)")
+    rows = []
+    for env, kinds in TRAIN.items():
+        for make, n, steps in kinds:
+            if make is envpool and not list(peers({envpool: "envpool"}, "envpool")):
+                continue
+            steps = steps // 10 if args.quick else steps
+            config = tm.Config(total_steps=steps, stop_when_solved=False)
+            ratios, shares = [], []
+            for seed in range(1 + args.repeats):  # the first to compile
+                envs, seconds = Recorder(make(env, n)), {}
+                with clocked(seconds, "collect", "trpo_update", "fit_value"):
+                    start = time.perf_counter()
+                    state = tm.train(envs, config, seed=seed)
+                    total = time.perf_counter() - start
+                again = make(env, n)
+                start = time.perf_counter()
+                for name, arguments, keywords in envs.calls:
+                    getattr(again, name)(*arguments, **keywords)
+                stepping = time.perf_counter() - start
+                parts = [envs.seconds, seconds["collect"] - envs.seconds, seconds["trpo_update"], seconds["fit_value"]]
+                if seed:
+                    ratios.append((total / stepping, state.steps / total))
+                    shares.append([*parts, total - sum(parts)] / np.array(total))
+            (ratio, rate), share = np.median(ratios, axis=0), np.mean(shares, axis=0)
+            low, high = np.percentile([r for r, _ in ratios], [25, 75])
+            print(
+                f"{env:15} {make.__name__:10} {n} envs {rate:9,.0f}  {ratio:6.2f} ({low:.2f}-{high:.2f})    "
+                f"{' '.join(f'{100 * s:3.0f}' for s in share)}",
+                flush=True,
+            )
+            rows.append([threads(), env, make.__name__, n, rate, ratio, low, high, *share])
+    record("train", "threads,env,vector,envs,steps/s,ratio,q1,q3,stepping,rollout,update,value,rest", rows, args)
+    if not args.quick:
+        draw_train()
+
+
+@contextlib.contextmanager
+def clocked(seconds, *names):
+    """Within, the time spent in these functions of trpo_min is added to seconds."""
+    before = {name: getattr(tm, name) for name in names}
+
+    def timer(name):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = before[name](*args, **kwargs)
+            seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+            return result
+
+        return call
+
+    for name in names:
+        setattr(tm, name, timer(name))
+    yield
+    for name in names:
+        setattr(tm, name, before[name])
+
+
+def draw_train():
+    rows = [row for row in read_csv(RESULTS / "train.csv") if row["vector"] == "sync"]
+    figure, ax = figures(1, 1, figsize=(8, 3))
+    labels, left = (
+        [f"{r['env']}, {r['threads']} thread{'s' * (r['threads'] != '1')}" for r in rows],
+        np.zeros(len(rows)),
+    )
+    for part, colour in zip(("stepping", "rollout", "update", "value", "rest"), COLOURS, strict=True):
+        share = np.array([float(r[part]) * 100 for r in rows])
+        ax.barh(labels, share, left=left, color=colour, label=part)
+        left += share
+    ax.set(xlabel="% of the time of training", xlim=(0, 100))
+    ax.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
+    figure.savefig(RESULTS / "train.png", dpi=120)
+
+
+# ================================================================================================ from the shell's side
+SB3_SOLVE = """
+import sys, time, numpy as np
+from sb3_contrib import TRPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+class Solved(BaseCallback):
+    def _on_step(self):
+        returns = [episode["r"] for episode in self.model.ep_info_buffer]
+        return len(returns) < 100 or np.mean(returns) < 475
+
+model = TRPO("MlpPolicy", make_vec_env("CartPole-v1", 2, seed=int(sys.argv[1])), n_steps=512, batch_size=512,
+             cg_damping=1e-3, gae_lambda=0.98, gamma=0.99, learning_rate=1e-3, n_critic_updates=20,
+             seed=int(sys.argv[1]), device="cpu")
+model.learn(int(sys.argv[2]), callback=Solved())
+print("solved" if model.num_timesteps < int(sys.argv[2]) else "not solved", model.num_timesteps)
+"""
+
+
+def seconds_of(*command, until="", **env):
+    """Seconds from the start of python with these arguments to its first line that holds until, or to its end."""
+    start, seconds, printed = time.perf_counter(), None, ""
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": HERE}
+    with subprocess.Popen([sys.executable, "-u", *map(str, command)], env=os.environ | env, **pipe) as process:
+        for line in process.stdout:
+            printed += line
+            if until and until in line:
+                seconds = seconds or time.perf_counter() - start
+    if process.returncode:
+        raise RuntimeError(f"{command} failed: {printed}")
+    return seconds or time.perf_counter() - start, printed
+
+
+def solve(args):
+    """CartPole-v1 from the start of the process to solved, beside sb3-contrib with the settings of its zoo."""
+    print(machine())
+    commands = {"ours": (["trpo_min.py", "--env", "CartPole-v1", "--quiet"], "1_000_000")}
+    if list(peers({sb3: "sb3_contrib"})):
+        commands["sb3-contrib"] = (["-c", SB3_SOLVE], "300000")
+    seconds_of("trpo_min.py", "--env", "CartPole-v1", "--quiet", "--total-steps", "2048", "--out", scratch())
+    rows = []
+    for who, (command, most) in commands.items():
+        most = "5000" if args.quick else most
+        for seed in range(1 if args.quick else args.seeds):
+            options = ["--seed", seed, "--total-steps", most, "--out", scratch()] if who == "ours" else [seed, most]
+            seconds, printed = seconds_of(*command, *options)
+            solved = printed.splitlines()[-1].startswith("solved") or "\nsolved CartPole" in printed
+            rows.append([threads(), who, seed, seconds, solved])
+            print(
+                f"{who:12} seed {seed}: {seconds:6.2f} s  {printed.splitlines()[-1] if not solved else 'solved'}",
+                flush=True,
+            )
+    record("solve", "threads,who,seed,seconds,solved", rows, args)
+    for who in commands:
+        mine = [row[3:] for row in rows if row[1] == who]
+        seconds, n = np.percentile([s for s, _ in mine], [50, 25, 75]), sum(done for _, done in mine)
+        print(f"{who}: median {seconds[0]:.2f} s ({seconds[1]:.2f}-{seconds[2]:.2f}), {n} of {len(mine)} solved")
+
+
+def start(args):
+    """From the start of the process to the first finished update: with an empty cache, and later."""
+    print(machine())
+    command, rows = ("trpo_min.py", "--env", "CartPole-v1", "--total-steps", "2048", "--out"), []
+    for _ in range(1 if args.quick else args.repeats):
+        cache = scratch()
+        for kind in ("first run", *["later run"] * (1 if args.quick else 3)):
+            rows.append([threads(), kind, seconds_of(*command, scratch(), until="EV", NUMBA_CACHE_DIR=str(cache))[0]])
+    for kind in ("first run", "later run"):
+        median, low, high = np.percentile([row[2] for row in rows if row[1] == kind], [50, 25, 75])
+        print(f"{kind}: {median:.2f} s ({low:.2f}-{high:.2f}) to the first finished update")
+    record("start", "threads,kind,seconds", rows, args)
+
+
+def scaling(args):
+    """Growth of F v and of the whole update with rows, with parameters and with depth; and the peak of memory."""
+    print(machine())
+    cases = [("rows", n, (11, 64, 64, 3), n) for n in (1024, 4096, 16384, 65536)]
+    cases += [("parameters, wider", None, (11, h, h, 3), 2048) for h in (64, 128, 256, 512, 1000)]
+    cases += [("parameters, deeper", None, (11, *[64] * depth, 3), 2048) for depth in (4, 8, 16, 32)]
+    if args.quick:
+        cases = [case for case in cases if tm.n_params(tm.Policy(case[2], "gaussian")) * case[3] < 5e7]
+    points = {}
+    print("\nfloat64; growing with        at    network            rows   parameters        F v, ms     update, ms")
+    for axis, at, sizes, n_rows in cases:
+        policy, theta, batch = gaussian_batch(sizes, n_rows, np.float64)
+        at, v = at or len(theta), np.ones_like(theta)
+        product, repeats = kernel(policy, theta, batch.obs), max(3, min(args.repeats, int(4e9 / len(theta) / n_rows)))
+        times = [timed(lambda f=product, v=v: f(v), repeats)[0]]
+        times.append(timed(ours(policy, theta, batch)[1], repeats)[0])
+        points.setdefault(axis, []).append((at, *times))
+        shown = "-".join(map(str, sizes)) if len(sizes) < 6 else f"11-{len(sizes) - 2} x 64-3"
+        print(
+            f"{axis:22} {at:10,}    {shown:15} {n_rows:7,} {len(theta):12,} {times[0] * 1e3:14.2f} "
+            f"{times[1] * 1e3:14.2f}",
+            flush=True,
+        )
+    for axis, rows in points.items():
+        x, *y = np.log(np.array(rows)).T
+        slopes = [np.polyfit(x, each, 1)[0] if len(x) > 1 else np.nan for each in y]
+        print(f"log-log slope with {axis}: F v {slopes[0]:.2f}, update {slopes[1]:.2f}")
+    policy, theta, obs, v, _ = fisher_case((11, 16, 16, 3), 512, np.float64)
+    F = dense_fisher(policy, theta, obs)
+    print(
+        f"the dense matrix is {F.nbytes / 1e6:.1f} MB for {len(theta)} parameters, "
+        f"and would be {8e-9 * 1e12:,.0f} GB for a million: it is never formed"
+    )
+    n_rows = 5000 if args.quick else 100_000
+    policy, theta, batch = gaussian_batch((11, 64, 64, 3), n_rows, np.float64)
+    tracemalloc.start()
+    tm.trpo_update(policy, theta, batch, CONFIG)
+    peak, acts = tracemalloc.get_traced_memory()[1], 8 * n_rows * (11 + 64 + 64 + 3)
+    tracemalloc.stop()
+    print(
+        f"peak memory of an update on {n_rows:,} rows: {peak / 1e6:.0f} MB beyond the batch, {peak / acts:.1f} times "
+        "the activations"
+    )
+    record("scaling", "threads,axis,at,F v,update", [[threads(), a, *p] for a, ps in points.items() for p in ps], args)
+    if not args.quick:
+        draw_scaling()
+
+
+def draw_scaling():
+    rows = read_csv(RESULTS / "scaling.csv")
+    figure, axes = figures(1, 3, figsize=(10, 3.4), sharey=True)
+    for ax, axis in zip(axes, dict.fromkeys(row["axis"] for row in rows), strict=True):
+        for what, colour in zip(("F v", "update"), COLOURS, strict=False):
+            for n, style in (("1", "-"), ("2", "--")):
+                mine = [r for r in rows if (r["axis"], r["threads"]) == (axis, n)]
+                x, y = ([float(r[key]) for r in mine] for key in ("at", what))
+                label = f"{what}, {n} thread{'s' * (n != '1')}"
+                ax.loglog(x, 1e3 * np.array(y), style, marker="o", color=colour, label=label)
+        ax.loglog(x, np.array(x) / x[0] * y[0] * 1e3, ":", color="grey", label="slope 1")
+        ax.set(xlabel=axis)
+        ax.tick_params(axis="x", which="minor", labelbottom=False)
+    axes[0].set_ylabel("ms")
+    axes[0].legend(fontsize=8)
+    figure.savefig(RESULTS / "scaling.png", dpi=120)
+
+
+def install(args):
+    """A fresh virtual environment with this project, and one with sb3-contrib: seconds, and megabytes on disk."""
+    print(machine())
+    for name, what in {"trpo_min": str(HERE), "sb3-contrib": "sb3-contrib"}.items():
+        if args.quick and name != "trpo_min":
+            continue
+        folder = scratch()
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        empty, begin = size_of(folder), time.perf_counter()
+        pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", what]
+        subprocess.run(pip, check=True, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - begin
+        print(f"{name:12} {seconds:5.0f} s, {(size_of(folder) - empty) / 1e6:6.0f} MB", flush=True)
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 # ============================================================================================================ learning
 def learn(args):
     """Train once a seed and append a row each; then the mean and the spread over the seeds."""
-    RESULTS.mkdir(exist_ok=True)
-    path, rows = args.out or RESULTS / "learn.csv", []
-    config = tm.Config(total_steps=args.total_steps, stop_when_solved=args.stop_when_solved)
-    for seed in range(args.seeds):
+    path, rows = scratch() / "learn.csv" if args.quick else args.out or RESULTS / "learn.csv", []
+    total_steps = 5000 if args.quick else args.total_steps
+    config = tm.Config(total_steps=total_steps, stop_when_solved=args.stop_when_solved)
+    for seed in range(2 if args.quick else args.seeds):
         start = time.perf_counter()
         state = tm.train(args.env, config, seed=seed)
         row = {
@@ -270,7 +804,7 @@ def bound(args):
     print(machine())
     print("\none update on CartPole-v1 after 20, stopped at different KL; in units of the scaled return")
     print("  max_kl   largest KL    step length   surrogate gain   penalty of E11   lower bound")
-    for exponent in np.arange(-2, -17, -0.25):
+    for exponent in np.arange(-2, -17, -2 if args.quick else -0.25):
         max_kl = 10.0**exponent
         _, info = tm.trpo_update(state.policy, state.theta, batch, state.config._replace(max_kl=max_kl))
         gain = info.surrogate - info.surrogate_old
@@ -383,19 +917,9 @@ def sampling(args):
     draw_sampling(rows)
 
 
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def draw_sampling(rows):
     """results/sampling.png: the mean over seeds and its deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    figure, axes = figures(2, 2, figsize=(9, 6))
     for i, env in enumerate(SAMPLING):
         for j, axis in enumerate(("steps", "updates")):
             for kind, colour in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
@@ -452,7 +976,7 @@ def mutants_of(settings, names, folder):
             subprocess.run(command.split(), check=True, **quiet)
         (folder / "new.db").rename(folder / "s.db")
     shutil.copy(folder / "without_fault.py", folder / "trpo_min.py")
-    alone = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "quick"}
+    alone = {"NUMBA_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "quick"}
     return subprocess.Popen(["cosmic-ray", "exec", "c.toml", "s.db"], env=os.environ | alone, **quiet)
 
 
@@ -512,18 +1036,23 @@ def mutation(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("fvp", help=fvp.__doc__)
-    command.add_argument("--repeats", type=int, default=51, help="calls that a median is taken of (default: 51)")
-    command.add_argument("--quick", action="store_true", help="smaller sizes, under a minute")
-    command.set_defaults(run=fvp)
+    repeated = {fvp: 51, update: 21, train: 5, start: 3, scaling: 21}
+    for run in (fvp, update, train, solve, start, scaling, install, bound):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        if run in repeated:
+            command.add_argument("--repeats", type=int, default=repeated[run], help="calls or runs that a median is of")
+        command.add_argument("--quick", action="store_true", help="smaller, under a minute; writes nothing")
+        command.set_defaults(run=run)
+        if run is solve:
+            command.add_argument("--seeds", type=int, default=10, help="seeds 0 to N - 1 (default: 10)")
     command = commands.add_parser("learn", help=learn.__doc__)
     command.add_argument("env", help="Gymnasium id")
     command.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
     command.add_argument("--total-steps", type=int, default=200_000, help="environment steps (default: 200,000)")
     command.add_argument("--stop-when-solved", action="store_true", help="stop at the reward threshold")
     command.add_argument("--out", type=Path, help="CSV to append to (default: results/learn.csv)")
+    command.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
     command.set_defaults(run=learn)
-    commands.add_parser("bound", help=bound.__doc__).set_defaults(run=bound)
     command = commands.add_parser("sampling", help=sampling.__doc__)
     command.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
     command.set_defaults(run=sampling)
