@@ -2378,7 +2378,7 @@ def test_the_pieces_of_parallel_work_are_all_of_it_once(n, threads):
 
 
 FORK = """
-import os, signal, numpy as np, trpo_min as tm
+import os, signal, threading, numpy as np, trpo_min as tm
 policy, obs = tm.Policy((3, 8, 2), "gaussian"), np.ones((1000, 3))
 theta = tm.init_params(policy, np.random.default_rng(0))
 before = tm.fvp(policy, theta, obs, theta)
@@ -2395,6 +2395,56 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_the_threads_of_the_kernels_survive_the_fork_of_a_process():
     result = run("-c", FORK, NUMBA_NUM_THREADS="2")
     assert result.stdout.strip() == "7", result.stderr
+
+
+FORK_IN_A_CALL = """
+import os, signal, threading, numpy as np, trpo_min as tm
+get, set_threads = tm._openblas()
+set_threads(2)
+expected = get()  # 1 where SciPy's BLAS is another
+there, go = threading.Event(), threading.Event()
+
+def call():
+    with tm._one_blas_thread(), tm._blas_lock:
+        there.set()
+        go.wait()
+
+thread = threading.Thread(target=call)
+thread.start()
+there.wait()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    policy = tm.Policy((3, 8, 2), "gaussian")
+    tm.forward(policy, tm.init_params(policy, np.random.default_rng(0)), np.ones((5, 3)))
+    os._exit(6 + get())
+go.set()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 6 == expected)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_while_another_thread_is_in_a_call_leaves_a_child_that_works_and_has_its_blas_threads():
+    result = run("-c", FORK_IN_A_CALL, OPENBLAS_NUM_THREADS="2")
+    assert result.stdout.strip() == "True", result.stderr
+
+
+LATE = """
+import threading, time, numpy as np, trpo_min as tm
+
+def late():
+    time.sleep(0.5)  # until the main thread has ended
+    policy, obs = tm.Policy((3, 8, 2), "gaussian"), np.ones((1000, 3))
+    print(tm.fvp(policy, tm.init_params(policy, np.random.default_rng(0)), obs, np.ones(tm.n_params(policy))).shape)
+
+threading.Thread(target=late).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_thread_can_still_update_a_policy():
+    result = run("-c", LATE, NUMBA_NUM_THREADS="2")
+    assert result.stdout.strip() == "(52,)", result.stderr
 
 
 KERNELS = """

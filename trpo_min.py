@@ -64,12 +64,8 @@ def jit(function):
 
 @functools.cache
 def _threads():
-    """As many threads as NUMBA_NUM_THREADS says, or cores, but for the one that calls."""
+    """As many threads as NUMBA_NUM_THREADS says, or cores, but for the one that calls; at least one."""
     return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1))
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
 
 
 def _in_parallel(kernel, n, *args):
@@ -80,7 +76,12 @@ def _in_parallel(kernel, n, *args):
     """
     pieces = max(1, min(n, numba.config.NUMBA_NUM_THREADS))
     edges = [n * k // pieces for k in range(pieces + 1)]
-    others = [_threads().submit(kernel, *args, *edges[k : k + 2]) for k in range(1, pieces)]
+    others = []
+    for k in range(1, pieces):
+        try:
+            others.append(_threads().submit(kernel, *args, *edges[k : k + 2]))
+        except RuntimeError:  # at the end of the process, no thread takes new work
+            kernel(*args, *edges[k : k + 2])
     kernel(*args, *edges[:2])
     for other in others:
         other.result()
@@ -118,6 +119,20 @@ def _one_blas_thread():
             before = _blas_before.pop()
             if not _blas_before:
                 set_threads(before)
+
+
+def _after_fork():
+    """In the child there are no other threads, and none of the calls that they were in."""
+    global _blas_lock
+    _threads.cache_clear()
+    _blas_lock = threading.Lock()
+    if _blas_before:
+        _openblas()[1](_blas_before[0])
+        _blas_before.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 # ================================================================================================ what is passed around
@@ -757,7 +772,7 @@ def _fvp(theta, v, sizes, acts, m, nvec, damping):
     Fv = _jtu(theta, v, sizes, acts, m, nvec, m) / len(m)  # the last argument, u, is not read where v is given
     n_weights = ((sizes[:-1] + 1) * sizes[1:]).sum()
     Fv[n_weights:] = 2 * v[n_weights:]
-    return Fv + damping * v
+    return Fv + float(damping) * v
 
 
 def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
