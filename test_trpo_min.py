@@ -948,7 +948,7 @@ def test_zero_advantages_change_nothing_and_warn_of_nothing(case):
     assert theta.tobytes() == case.theta.tobytes()
     assert (info.accepted, info.reason, info.cg_iters, info.kl <= 1e-12) == (False, "zero gradient", 0, True)
     assert info.cg_status == "converged"
-    assert (info.backtracks, info.step_length, info.cg_iters) == (0, 0.0, 0)
+    assert (info.backtracks, info.step_length) == (0, 0.0)
 
 
 @given(update_cases())
@@ -2378,7 +2378,7 @@ def test_the_pieces_of_parallel_work_are_all_of_it_once(n, threads):
 
 
 FORK = """
-import os, signal, threading, numpy as np, trpo_min as tm
+import os, signal, numpy as np, trpo_min as tm
 policy, obs = tm.Policy((3, 8, 2), "gaussian"), np.ones((1000, 3))
 theta = tm.init_params(policy, np.random.default_rng(0))
 before = tm.fvp(policy, theta, obs, theta)
