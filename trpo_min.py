@@ -30,11 +30,14 @@ sampling S states of each environment, K actions in each, and branches of L step
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import difflib
 import functools
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -48,6 +51,7 @@ from typing import Annotated, NamedTuple
 import numba
 import numpy as np
 import scipy.linalg
+import scipy.special
 
 __version__ = "0.1.0"
 
@@ -140,9 +144,13 @@ class Config(NamedTuple):
     """All settings; each is also a command-line option.  Annotated with type, allowed interval, meaning and unit."""
 
     hidden: Annotated[tuple[int, ...], "[1, inf)", "widths of the hidden layers of both networks, units"] = (64, 64)
+    dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
+    stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[int, "[1, inf)", "environments stepped together"] = 4
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments"] = 1024
+    normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
+    normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
     gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.99
     lam: Annotated[float, "[0, 1]", "lambda of the advantage estimator: 0 TD error, 1 Monte Carlo"] = 0.95
     sampling: Annotated[str, "single_path vine", "what advantages come from: the steps taken, or branches off them"] = (
@@ -163,10 +171,6 @@ class Config(NamedTuple):
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
     value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 3
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
-    normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
-    normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
-    stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
-    dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
 
 
 _FIELDS = typing.get_type_hints(Config, include_extras=True)
@@ -942,7 +946,7 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
             acts_new = _activations(candidate, sizes, obs)
             mu = _outputs(net, candidate, acts_new)
             moved = divergence(mu)
-            if moved.mean() <= radius and (new := objective(mu)) > old:  # neither is so for NaN
+            if moved.mean(dtype=np.float64) <= radius and (new := objective(mu)) > old:  # neither is so for NaN
                 step |= {"accepted": True, "reason": "accepted", "surrogate": new}
                 return candidate, acts_new, moved, step | {"step_length": float(step_length), "backtracks": j}
         step["reason"] = f"none of {config.max_backtracks} candidates was inside the trust region and better"
@@ -951,6 +955,7 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
 
 
 @_one_blas_thread()
+@np.errstate(all="ignore")  # what is not finite is looked for, and refused: no warning besides
 def trpo_update(policy, theta, batch, config=Config()):
     """One trust-region step, E1 to E7: returns (theta, UpdateInfo); a pure function of its arguments.
 
@@ -960,8 +965,7 @@ def trpo_update(policy, theta, batch, config=Config()):
     """
     check_config(config)
     theta, batch = _check_batch(policy, theta, batch)
-    with np.errstate(over="ignore"):
-        scale = float(np.abs(batch.weights * batch.adv).max()) or 1.0
+    scale = float(np.abs(batch.weights * batch.adv).max()) or 1.0
     if scale == np.inf:
         raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
     adv_largest = float(np.abs(batch.adv).max())
@@ -973,17 +977,16 @@ def trpo_update(policy, theta, batch, config=Config()):
     grad = _surrogate_grad(policy, theta, acts, batch)  # E3
     L = functools.partial(_surrogate, policy, batch=batch)  # E1
     D = functools.partial(kl, policy, mu_old)  # E2
-    with np.errstate(over="ignore", invalid="ignore"):  # a candidate that is not finite is refused, not an error
-        theta, acts, kl_rows, step = _trust_region_step(
-            policy, theta, acts, grad, L, D, config.max_kl, np.inf, config
-        )  # E4 to E7
+    theta, acts, kl_rows, step = _trust_region_step(  # E4 to E7
+        policy, theta, acts, grad, L, D, config.max_kl, np.inf, config
+    )
     in_units = {name: step[name] * scale for name in ("surrogate", "surrogate_old", "cg_residual")}
     return theta, UpdateInfo(
-        kl=float(kl_rows.mean()),
+        kl=float(kl_rows.mean(dtype=np.float64)),
         kl_largest=float(kl_rows.max()),
         adv_largest=adv_largest,
         entropy=float(entropy(policy, _outputs(policy, theta, acts)).mean()),
-        grad_norm=float(np.linalg.norm(grad)) * scale,
+        grad_norm=float(np.linalg.norm(grad.astype(np.float64))) * scale,
         **step | in_units,
     )
 
@@ -1038,6 +1041,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
 
 
 @_one_blas_thread()
+@np.errstate(all="ignore")
 def fit_value(value, phi, obs, returns, config=Config()):
     """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
 
@@ -1159,6 +1163,22 @@ def _env_actions(policy, actions):
     return actions.reshape(-1, *shape).astype(policy.action_dtype)
 
 
+def act(policy, theta, obs, obs_stats=None, rng=None):
+    """The environment's actions for flat raw observations, one (D,) or a batch (N, D): the most likely ones, or
+    sampled if rng is given.  obs_stats: those that theta was trained with, TrainState.obs_stats."""
+    obs = np.asarray(obs, np.float64)
+    rows = obs[None] if obs.ndim == 1 else obs
+    mu = forward(policy, theta, normalize(obs_stats, rows) if obs_stats else rows)
+    if rng is not None:
+        actions = sample(policy, mu, rng)
+    elif policy.head == "gaussian":
+        actions = mu[:, : policy.sizes[-1]]
+    else:
+        actions = np.stack([mu[:, g].argmax(axis=1) for g in _groups(policy)], axis=1)
+    actions = _env_actions(policy, actions)
+    return actions if obs.ndim > 1 else actions[0]
+
+
 def flatten_obs(space, obs, n):
     """n observations of a Gymnasium space, batched as its vector environments batch them, as float64 (n, D)."""
     from gymnasium import spaces
@@ -1170,29 +1190,29 @@ def flatten_obs(space, obs, n):
     return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
 
 
-def _make_env(env):
+def _make_env(env, /, **options):
     """An environment as it is, or made from its id or by calling env; ValueError of one sentence where that fails."""
     import gymnasium as gym
 
     if isinstance(env, (gym.Env, gym.vector.VectorEnv)):
         return env
     try:
-        made = gym.make(env) if isinstance(env, str) else env() if callable(env) else None
-    except (gym.error.Error, ImportError) as error:
+        made = gym.make(env, **options) if isinstance(env, str) else env() if callable(env) else None
+    except Exception as error:  # what a constructor raises at its arguments is its own choice
         raise ValueError(f"cannot make the environment {env}: {str(error).rstrip('.')}") from error
     if not isinstance(made, (gym.Env, gym.vector.VectorEnv)):
         raise ValueError(f"env must be an id, a gym.Env, a VectorEnv or a callable that makes one, got {env!r}")
     return made
 
 
-def _make_envs(env, config):
+def _make_envs(env, config, /, **options):
     """env (see train) as a VectorEnv, and whether it was made here."""
     from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-    first = _make_env(env)
+    first = _make_env(env, **options)
     if isinstance(first, VectorEnv):
         return first, first is not env
-    others = [] if first is env else [lambda: _make_env(env)] * (config.num_envs - 1)
+    others = [] if first is env else [lambda: _make_env(env, **options)] * (config.num_envs - 1)
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
     envs = SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.DISABLED)
     if len({id(each.unwrapped) for each in envs.envs}) < envs.num_envs:
@@ -1499,7 +1519,8 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
 class TrainState(NamedTuple):
     """All that training carries from one update to the next, but for the environments themselves."""
 
-    env: str  # what the environment calls itself
+    env: str  # its id, or what it calls itself
+    env_args: dict  # of gym.make
     config: Config
     policy: Policy
     theta: np.ndarray  # (P,)
@@ -1515,13 +1536,17 @@ class TrainState(NamedTuple):
     lengths: tuple[int, ...] = ()
     solved: bool = False
 
+    def act(self, obs, rng=None):
+        """The environment's actions for raw observations, one (D,) or a batch (N, D): see act."""
+        return act(self.policy, self.theta, obs, self.obs_stats, rng)
 
-def init_state(env, policy, config, seed):
+
+def init_state(env, policy, config, seed, env_args=None):
     """The TrainState before the first step."""
     rng, value = np.random.default_rng(seed), _value_network(policy)
     theta, phi = (init_params(net, rng, np.dtype(config.dtype)) for net in (policy, value))
     empty = [RunningStats(0.0, np.zeros(n), np.zeros(n)) for n in (policy.sizes[0], 1)]
-    return TrainState(env, config, policy, theta, value, phi, *empty, rng.bit_generator.state)
+    return TrainState(env, env_args or {}, config, policy, theta, value, phi, *empty, rng.bit_generator.state)
 
 
 def _centre(adv, weights=1.0, group=None):
@@ -1620,20 +1645,25 @@ def _vine_plan(envs, policy, config):
     return n_saved, most
 
 
-def train(env, config=Config(), *, seed=0, callback=None):
+def train(env, config=None, *, seed=0, state=None, callback=None):
     """Train a policy: returns the TrainState.
 
     env: an id, a callable that makes a gym.Env, or one gym.Env or VectorEnv, which then sets the number of
-    environments.  callback(state, info, explained variance) is called after each update; returning True stops.  Stops
+    environments.  state: one to go on from, in new episodes; config is its own unless given.
+    callback(state, info, explained variance) is called after each update; returning True stops.  Stops
     before total_steps at the environment's reward threshold, if stop_when_solved, and with vine sampling where another
     update might take more steps than are left.  An exception that leaves train, an interrupt as well, carries the
     state after the last finished update as its attribute .state.
     """
+    config = config or (state.config if state else Config())
     check_config(config)
     envs, made_here = _make_envs(env, config)
-    policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
-    spec = _spec(envs)
-    state = init_state(spec.id if spec else type(envs.unwrapped).__name__, policy, config, seed)
+    policy, spec = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden), _spec(envs)
+    if state is None:
+        state = init_state(spec.id if spec else type(envs.unwrapped).__name__, policy, config, seed)
+    elif (policy, config.dtype) != (state.policy, state.theta.dtype):
+        raise ValueError(f"state is of another network, or {state.env} of other spaces: {state.policy}, not {policy}")
+    state = state._replace(config=config, solved=state.solved and config.stop_when_solved)
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
     stop, handled = False, sys.exc_info()[1]
     try:
@@ -1667,58 +1697,40 @@ def train(env, config=Config(), *, seed=0, callback=None):
 
 
 # =============================================================================================== using what was trained
-def act(policy, theta, obs, obs_stats=None, rng=None):
-    """The environment's actions for flat raw observations, one (D,) or a batch (N, D): the most likely ones, or
-    sampled if rng is given.  obs_stats: those that theta was trained with, TrainState.obs_stats."""
-    obs = np.asarray(obs, np.float64)
-    rows = obs[None] if obs.ndim == 1 else obs
-    mu = forward(policy, theta, normalize(obs_stats, rows) if obs_stats else rows)
-    if rng is not None:
-        actions = sample(policy, mu, rng)
-    elif policy.head == "gaussian":
-        actions = mu[:, : policy.sizes[-1]]
-    else:
-        actions = np.stack([mu[:, g].argmax(axis=1) for g in _groups(policy)], axis=1)
-    actions = _env_actions(policy, actions)
-    return actions if obs.ndim > 1 else actions[0]
-
-
-def evaluate(state, env, episodes=10, seed=0):
-    """Raw returns and lengths, each (episodes,), of the most likely actions in env: an id or a gym.Env.
+def evaluate(state, env=None, episodes=10, seed=0):
+    """Raw returns and lengths, each (episodes,), of the most likely actions in env: an id or a gym.Env; None: state's.
 
     state is read only: the statistics of its observations do not move.
     """
     import gymnasium as gym
 
-    env, results = _make_env(env), []
-    if isinstance(env, gym.vector.VectorEnv):
+    made, results = _make_env(env) if env else _make_env(state.env, **state.env_args), []
+    if isinstance(made, gym.vector.VectorEnv):
         raise ValueError("evaluate plays one episode after another: give it an id or a gym.Env, not a VectorEnv")
-    if make_policy(env.observation_space, env.action_space, state.policy.sizes[1:-1]) != state.policy:
-        raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {env}")
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
-        total, length, ended = 0.0, 0, False
-        while not ended:
-            flat = gym.spaces.flatten(env.observation_space, obs)
-            action = act(state.policy, state.theta, flat, state.obs_stats)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            total, length, ended = total + float(reward), length + 1, terminated or truncated
-        results.append((total, length))
+    if make_policy(made.observation_space, made.action_space, state.policy.sizes[1:-1]) != state.policy:
+        raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {made}")
+    try:
+        for episode in range(episodes):
+            obs, _ = made.reset(seed=seed if episode == 0 else None)
+            total, length, ended = 0.0, 0, False
+            while not ended:
+                action = state.act(gym.spaces.flatten(made.observation_space, obs))
+                obs, reward, terminated, truncated, _ = made.step(action)
+                total, length, ended = total + float(reward), length + 1, terminated or truncated
+            results.append((total, length))
+    finally:
+        if made is not env:
+            made.close()
     return np.array([total for total, _ in results]), np.array([length for _, length in results])
 
 
-def save(state, path):
-    """Write state to the file path: arrays and text only, and at once, so that path never holds half a state."""
-    path, plain = Path(path), state._asdict()
-    arrays = {"theta": plain.pop("theta"), "phi": plain.pop("phi")}
-    for name in ("obs_stats", "reward_stats"):
-        arrays |= {f"{name}.{field}": value for field, value in plain.pop(name)._asdict().items()}
-    plain |= {name: plain[name]._asdict() for name in ("config", "policy", "value")}
-    text = json.dumps(plain | {"version": __version__}, default=lambda number: number.item())
+@contextlib.contextmanager
+def _replacing(path):
+    """A file that takes the place of path at the end of the block, at once: path never holds half of anything."""
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(part, "wb") as file:
-            np.savez(file, state=text, **arrays)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1726,12 +1738,32 @@ def save(state, path):
         part.unlink(missing_ok=True)
 
 
+def _digest(arrays):
+    return hashlib.sha256(b"".join(name.encode() + arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
+
+
+def save(state, path):
+    """Write state to the file path, atomically: arrays and text only, and a digest that load checks."""
+    plain = state._asdict()
+    arrays = {"theta": plain.pop("theta"), "phi": plain.pop("phi")}
+    for name in ("obs_stats", "reward_stats"):
+        arrays |= {f"{name}.{field}": np.asarray(value) for field, value in plain.pop(name)._asdict().items()}
+    plain |= {name: plain[name]._asdict() for name in ("config", "policy", "value")}
+    text = json.dumps(plain | {"version": __version__}, default=lambda number: number.item())
+    arrays["state"] = np.asarray(text)
+    with _replacing(Path(path)) as file:
+        np.savez(file, **arrays, digest=_digest(arrays))
+
+
 def load(path):
-    """The TrainState that save wrote to path.  Raises ValueError if path holds anything else."""
-    fields = set(TrainState._fields)
+    """The TrainState that save wrote to the file path, or to path/checkpoint.npz; else a ValueError."""
+    path = Path(path)
+    path = path / "checkpoint.npz" if path.is_dir() else path
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = dict(content)
+        if str(arrays.pop("digest")) != _digest(arrays):
+            raise ValueError("it was changed after it was written")
         plain = json.loads(str(arrays.pop("state")), object_hook=_tuples)
         del plain["version"]
         for name in ("obs_stats", "reward_stats"):
@@ -1740,7 +1772,7 @@ def load(path):
         plain |= {"config": Config(**plain["config"])}
         plain |= {name: Policy(**plain[name]) for name in ("policy", "value")}
         check_config(plain["config"])
-        if len(plain["obs_stats"].mean) != plain["policy"].sizes[0] or plain.keys() | {"theta", "phi"} != fields:
+        if len(plain["obs_stats"].mean) != plain["policy"].sizes[0]:
             raise ValueError("its parts do not fit together")
         for name, net in (("theta", plain["policy"]), ("phi", plain["value"])):
             _check_policy(net)
@@ -1756,10 +1788,184 @@ def _tuples(mapping):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in mapping.items()}
 
 
+# ======================================================================================================= a run's folder
+# config.json: how to repeat the run, for the reader.  progress.csv: a row an update.  checkpoint.npz: the state after
+# the last finished update, and all that resuming needs.
+def progress_row(state, info, explained, steps_per_second, seconds):
+    """What progress.csv says of an update: returns and lengths over the last 100 episodes, KL and entropy in nats."""
+    returns, lengths = state.returns or (np.nan,), state.lengths or (np.nan,)
+    return {
+        "update": state.updates,
+        "steps": state.steps,
+        "episodes": state.episodes,
+        "return_mean": float(np.mean(returns)),
+        "return_min": min(returns),
+        "return_max": max(returns),
+        "length_mean": float(np.mean(lengths)),
+        "kl_mean": info.kl,
+        "kl_max": info.kl_largest,
+        "surrogate_gain": info.surrogate - info.surrogate_old,
+        "step_length": info.step_length,
+        "backtracks": info.backtracks,
+        "cg_iters": info.cg_iters,
+        "cg_residual": info.cg_residual,
+        "entropy": info.entropy,
+        "explained_variance": explained,
+        "steps_per_second": round(steps_per_second, 1),
+        "seconds": round(seconds, 3),
+    }
+
+
+def read_progress(out):
+    """The rows of a run's progress.csv as numbers; a last line cut short by the end of the process is left out."""
+    with open(out / "progress.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
+def _add_progress(out, row):
+    with open(out / "progress.csv", "a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _start_folder(out, state, seed):
+    """Makes a run's folder, complete from the moment that it is there; ValueError if it holds anything already."""
+    import gymnasium
+
+    versions = {module.__name__: module.__version__ for module in (np, numba, scipy, gymnasium)}
+    versions |= {"trpo_min": __version__, "python": sys.version.split()[0]}
+    record = {"env": state.env, "env_args": state.env_args, "seed": seed, "versions": versions}
+    try:
+        out.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"{out} exists, and is not overwritten: choose another --out, or --resume {out}") from error
+    part = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    part.mkdir(parents=True)
+    try:
+        text = json.dumps(record | {"config": state.config._asdict()}, indent=2)
+        (part / "config.json").write_text(text + "\n")
+        (part / "progress.csv").touch()
+        save(state, part / "checkpoint.npz")
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _resume_folder(out, state):
+    """Cuts progress.csv back to state, and removes what a killed process left half done; the seconds so far."""
+    for part in out.glob("*.tmp"):
+        part.unlink()
+    path = out / "progress.csv"
+    path.touch()
+    lines = path.read_bytes().splitlines(keepends=True)[: 1 + state.updates]
+    os.truncate(path, sum(len(line) for line in lines if line.endswith(b"\n")))
+    rows = read_progress(out)
+    return rows[-1]["seconds"] if rows else 0.0
+
+
+def _rescue(state, out):
+    """Saves state in out, or else in a new folder here, among the temporary files, or at home; returns where."""
+    for base in (None, Path(), tempfile.gettempdir(), Path.home()):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+            folder = Path(tempfile.mkdtemp(prefix=f"{out.name}-", dir=base)) if base else out
+            undo.callback(folder.rmdir if base else lambda: None)
+            save(state, folder / "checkpoint.npz")
+            undo.pop_all()
+            return folder
+    return "no folder, as none can be written to"
+
+
+@contextlib.contextmanager
+def _needs(module, extra):
+    """Where an import in the block fails, says how to get what it needs."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"this needs {module}: pip install {module}, or the extra {extra} of trpo-min") from error
+
+
+def _curve(runs):
+    """steps, return, low, high: of one run its smallest and largest return; of several the 95% interval of the mean."""
+    columns = [np.array([[row[name] for name in ("steps", "return_mean", "return_min", "return_max")] for row in run]).T
+               for run in runs]  # fmt: skip
+    if len(runs) == 1:
+        return columns[0]
+    steps = np.linspace(max(each[0, 0] for each in columns), min(each[0, -1] for each in columns), 200)
+    means = np.stack([np.interp(steps, each[0], each[1]) for each in columns])
+    half = scipy.special.stdtrit(len(runs) - 1, 0.975) * means.std(axis=0, ddof=1) / np.sqrt(len(runs))
+    return steps, means.mean(axis=0), means.mean(axis=0) - half, means.mean(axis=0) + half
+
+
+def plot(folders, path):
+    """Learning curves of runs' folders as a PNG: a panel for each environment, in it a curve for each Config."""
+    with _needs("matplotlib", "plot"):
+        from matplotlib.figure import Figure
+    panels = {}
+    for folder in folders:
+        state, rows = load(folder), [row for row in read_progress(Path(folder)) if np.isfinite(row["return_mean"])]
+        if not rows:
+            raise ValueError(f"{folder} has no finished episode to plot")
+        title = state.env + (f" {json.dumps(state.env_args)}" if state.env_args else "")
+        settings = frozenset(state.config._replace(total_steps=0)._asdict().items())
+        panels.setdefault(title, {}).setdefault(settings, []).append(rows)
+    figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
+    for axis, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for settings, runs in curves.items():
+            steps, mean, low, high = _curve(runs)
+            differs = ", ".join(f"{name} {value}" for name, value in sorted(settings - frozenset.intersection(*curves)))
+            band = f"{len(runs)} seeds, mean and 95% interval" if len(runs) > 1 else "1 run, mean, smallest and largest"
+            (line,) = axis.plot(steps, mean, label=f"{differs}: {band}" if differs else band)
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="environment steps", ylabel="return of the last 100 episodes")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    with _replacing(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
 # ========================================================================================================= command line
+EXAMPLES = """Trust Region Policy Optimization on NumPy, Numba and Gymnasium.
+
+  trpo_min.py --env CartPole-v1                         train, and save in runs/
+  trpo_min.py --env Ant-v5 --seed 1 --out ant           choose a seed and a folder
+  trpo_min.py --env mine:Maze-v0 --env-args '{"size": 5}'   of mine.py
+  trpo_min.py --resume ant                              go on after Ctrl-C or a crash
+  trpo_min.py --eval ant --episodes 20 --video videos   play it, and record it
+  trpo_min.py --plot runs/CartPole-v1-*                 learning curves as a PNG
+"""
+_MODES = {  # and the options that go with each, but for those that go with all
+    "env": {"env_args", "seed", "out", "tensorboard", *Config._fields},
+    "resume": {"total_steps", "stop_when_solved", "tensorboard"},
+    "eval": {"env_args", "seed", "episodes", "render", "video"},
+    "plot": {"out"},
+}
+_GROUPS = {  # the first setting of each group
+    "hidden": "networks",
+    "total_steps": "environment",
+    "gamma": "advantages",
+    "max_kl": "policy update",
+    "value_iters": "value function",
+}
+
+
 def integer(text):
     """int(text), and 1e6 too; argparse puts the name of this function into its message."""
     return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
+
+
+def json_object(text):
+    """A dict out of JSON."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1772,64 +1978,122 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"trpo_min: {message}\n")
 
 
+def _add_setting(group, name):
+    """The option of a field of Config."""
+    hint, default = _FIELDS[name], getattr(Config(), name)
+    kind, (interval, text) = hint.__origin__, hint.__metadata__
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    if kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    else:
+        kinds = {float: (float, "X"), str: (str, interval.replace(" ", "|"))}
+        options = dict(zip(("type", "metavar"), kinds.get(kind, (integer, "N")), strict=True))
+        options |= {"nargs": "+"} if isinstance(default, tuple) else {}
+    group.add_argument("--" + name.replace("_", "-"), help=f"{text} (default: {shown})", **options)
+
+
 def _parser():
     parser = _Parser(
         prog="trpo_min",
-        description="Trust Region Policy Optimization on NumPy, Numba and Gymnasium.",
-        epilog="example: python trpo_min.py --env HalfCheetah-v5 --total-steps 300_000 --seed 1",
+        usage="trpo_min.py (--env ID | --resume DIR | --eval DIR | --plot DIR [DIR ...]) [options]",
+        description=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--env", required=True, metavar="ID", help="Gymnasium environment id, such as CartPole-v1")
-    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="of everything random (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: runs/<env>-<time>-seed<N>)")
-    parser.add_argument("--quiet", action="store_true", help="print the result only")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    settings = parser.add_argument_group("settings")
-    for name, hint in _FIELDS.items():
-        kind, (interval, text) = hint.__origin__, hint.__metadata__
-        default = getattr(Config(), name)
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        options = {"default": default, "help": f"{text} (default: {shown})"}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"], options["metavar"] = {float: (float, "X"), str: (str, interval.replace(" ", "|"))}.get(
-                kind, (integer, "N")
-            )
-            options |= {"nargs": "+"} if isinstance(default, tuple) else {}
-        settings.add_argument("--" + name.replace("_", "-"), **options)
+    modes = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
+    modes.add_argument("--env", metavar="ID", help="train on a Gymnasium environment: CartPole-v1, or module:Name-v0")
+    modes.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run, from its last finished update")
+    modes.add_argument("--eval", type=Path, metavar="DIR", help="play the most likely actions of a trained policy")
+    modes.add_argument("--plot", type=Path, nargs="+", metavar="DIR", help="draw the learning curves of runs")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--env-args", type=json_object, metavar="JSON", help="arguments of the environment (default: {})")
+    run.add_argument("--seed", type=integer, metavar="N", help="of everything random (default: 0)")
+    run.add_argument(
+        "--out", type=Path, metavar="PATH", help="folder of the run, or file of the plot (default: "
+        "runs/<env>-<time>-seed<N>, learning_curves.png)",
+    )  # fmt: skip
+    run.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard too")
+    run.add_argument("--quiet", action="store_true", default=False, help="print the result only")
+    run.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
+    play = parser.add_argument_group("with --eval")
+    play.add_argument("--episodes", type=integer, metavar="N", help="episodes to play (default: 20)")
+    play.add_argument("--render", action="store_true", help="show them in a window")
+    play.add_argument("--video", type=Path, metavar="DIR", help="record them as MP4")
+    for name in Config._fields:
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
+        _add_setting(group, name)
     return parser
+
+
+def _parse(argv):
+    """(what to do, the options that were given); exit code 2 where they do not go together."""
+    parser = _parser()
+    given = vars(parser.parse_args(argv))
+    (mode,) = _MODES.keys() & given.keys()
+    for name in sorted(given.keys() - _MODES[mode] - {mode, "quiet", "debug"}):
+        why = ", which keeps the settings of the run" if mode == "resume" else ""
+        parser.error(f"--{name.replace('_', '-')} does not go with --{mode}{why}")
+    for name, least in (("seed", 0), ("episodes", 1)):
+        if given.get(name, least) < least:
+            parser.error(f"--{name} must be at least {least}, got {given[name]}")
+    return mode, given
 
 
 def _describe(space):
     return f"Box{space.shape}" if type(space).__name__ == "Box" else str(space)
 
 
-def _header(envs, name, config, seed):
-    policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
-    policy_sizes, value_sizes = ("-".join(map(str, net.sizes)) for net in (policy, _value_network(policy)))
+def _header(envs, state, given):
+    policy_sizes, value_sizes = ("-".join(map(str, net.sizes)) for net in (state.policy, state.value))
     return (
-        f"{name}: observations {_describe(envs.single_observation_space)}, "
+        f"{state.env}: observations {_describe(envs.single_observation_space)}, "
         f"actions {_describe(envs.single_action_space)}\n"
-        f"policy {policy_sizes} ({policy.head}, {n_params(policy):,} parameters), value {value_sizes}\n"
-        f"at most {config.total_steps:,} steps in {envs.num_envs} environments, "
-        f"{config.sampling}, {config.dtype}, seed {seed}"
+        f"policy {policy_sizes} ({state.policy.head}, {n_params(state.policy):,} parameters), value {value_sizes}\n"
+        f"at most {state.config.total_steps:,} steps in {envs.num_envs} environments, {state.config.sampling}, "
+        f"{state.config.dtype}, "
+        + (f"resumed after {state.steps:,} steps" if "resume" in given else f"seed {given.get('seed', 0)}")
     )
 
 
-def _progress_printer():
-    """A callback for train that prints a line an update; on a terminal, over the one before."""
-    end, last = "\r" if sys.stdout.isatty() else "\n", [time.perf_counter(), 0]
+def _print_row(row):
+    print(
+        "{steps:9,}  return {return_mean:6.1f}  KL {kl_mean:.4f} max {kl_max:.3f}  entropy {entropy:5.2f}  "
+        "EV {explained_variance:4.0%}  {steps_per_second:6,.0f}/s".format(**row),
+        flush=True,
+    )
 
-    def report(state, info, explained):
-        now, returns = time.perf_counter(), state.returns or (np.nan,)
-        rate, last[:] = (state.steps - last[1]) / (now - last[0]), (now, state.steps)
-        print(
-            f"{state.steps:9,}  return {np.mean(returns):6.1f}  KL {info.kl:.4f} max {info.kl_largest:.3f}  "
-            f"entropy {info.entropy:5.2f}  EV {explained:4.0%}  {rate:6,.0f}/s",
-            end=end,
-            flush=True,
-        )
+
+def _progress(state, stack):
+    """report(row), called after each update: a progress bar on a terminal, else a line."""
+    if not sys.stdout.isatty():
+        return _print_row
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("(for a progress bar: pip install tqdm, or the extra progress of trpo-min)")
+        return _print_row
+    total, started = state.config.total_steps, []
+
+    def report(row):
+        if not started:  # not before, so that the notice of compiling comes first
+            started.append(stack.enter_context(tqdm(total=total, initial=state.steps, unit="step", unit_scale=True)))
+        started[0].set_postfix_str("return {return_mean:.1f}, KL {kl_mean:.4f}".format(**row), refresh=False)
+        started[0].update(row["steps"] - started[0].n)
+
+    return report
+
+
+def _tensorboard(out, state, stack):
+    """report(row) for TensorBoard."""
+    with _needs("tensorboardX", "tensorboard"):
+        from tensorboardX import SummaryWriter
+    writer = stack.enter_context(SummaryWriter(str(out), purge_step=state.steps + 1))
+
+    def report(row):
+        for name, value in row.items():
+            writer.add_scalar(name, value, int(row["steps"]))
 
     return report
 
@@ -1874,70 +2138,128 @@ def _signals_noted():
             signal.signal(number, handler)
 
 
-def _run_folder(args, name):
-    """Where this run is saved: made now, and found to be writable, rather than after training."""
-    run = f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
-    out = args.out or Path("runs") / run
-    if (out / "checkpoint.npz").exists():
-        raise ValueError(f"{out / 'checkpoint.npz'} exists and is not overwritten: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        return out
+def _train_and_save(envs, start, out, seconds, given, signals, stack):
+    """train from start on; what each update learned is saved in out, and reported.  Returns the last TrainState."""
+    reports, begin, last = [], time.perf_counter() - seconds, [seconds, start.steps]
+    if given.get("tensorboard"):
+        reports.append(_tensorboard(out, start, stack))
+    if not given["quiet"]:
+        print(_header(envs, start, given))
+        reports.append(_progress(start, stack))
+        stack.enter_context(_compile_notice())
+
+    def callback(state, info, explained):
+        now = time.perf_counter() - begin
+        row = progress_row(state, info, explained, (state.steps - last[1]) / (now - last[0]), now)
+        last[:] = now, state.steps
+        _add_progress(out, row)  # first: resuming drops a row that checkpoint.npz does not know of
+        save(state, out / "checkpoint.npz")
+        for report in reports:
+            report(row)
+        return bool(signals)  # stop after this update
+
+    return train(envs, start.config, state=start, callback=callback)
 
 
-def _run(args):
-    config = Config(**{name: getattr(args, name) for name in Config._fields})
-    config = config._replace(hidden=tuple(config.hidden))
+def _start(given):
+    """The environments, the TrainState to start from, its folder, and the seconds spent on it, as asked for."""
+    settings = {name: tuple(value) if name == "hidden" else value for name, value in given.items() if name in _FIELDS}
+    if "resume" in given:
+        out = given["resume"]
+        start = load(out / "checkpoint.npz")
+        start = start._replace(config=start.config._replace(**settings))
+        solved = start.solved and start.config.stop_when_solved
+        if solved or start.steps >= start.config.total_steps:
+            more = "--no-stop-when-solved" if solved else "a larger --total-steps"
+            raise ValueError(f"{out} is finished, after {start.steps:,} steps: to go on, give {more}")
+        check_config(start.config)
+        envs, _ = _make_envs(start.env, start.config, **start.env_args)
+        return envs, start, out, _resume_folder(out, start)
+    config, name, seed = Config(**settings), given["env"], given.get("seed", 0)
     check_config(config)
-    if args.seed < 0:
-        raise ValueError(f"seed must not be negative, got {args.seed}")
-    envs, _ = _make_envs(args.env, config)
-    name = _spec(envs).id
-    out = _run_folder(args, name)
-    path, report, start = out / "checkpoint.npz", _progress_printer(), time.perf_counter()
-    if not args.quiet:
-        print(_header(envs, name, config, args.seed))
-    with _signals_noted() as signals, contextlib.nullcontext() if args.quiet else _compile_notice():
+    env_args = given.get("env_args", {})
+    envs, _ = _make_envs(name, config, **env_args)
+    policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
+    start = init_state(name, policy, config, seed, env_args)
+    folder = f"{name.replace('/', '-').replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}"
+    out = given.get("out", Path("runs") / folder)
+    _start_folder(out, start, seed)
+    return envs, start, out, 0.0
 
-        def callback(*progress):
-            if not args.quiet:
-                report(*progress)
-            return bool(signals)  # stop after this update
 
+def _run_train(given):
+    envs, start, out, seconds = _start(given)
+    begin = time.perf_counter()
+    with contextlib.closing(envs), contextlib.ExitStack() as stack, _signals_noted() as signals:
         try:
-            state = train(envs, config, seed=args.seed, callback=callback)
+            state = _train_and_save(envs, start, out, seconds, given, signals, stack)
         except BaseException as error:
-            if getattr(error, "state", None) and error.state.updates:
-                save(error.state, path)
-                print(f"\nstopped after {error.state.steps:,} steps; what was learned is saved in {out}")
+            stack.close()
+            state = getattr(error, "state", start)
+            if state.updates > start.updates:
+                fate = f"the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
             else:
-                with contextlib.suppress(OSError):
-                    out.rmdir()  # nothing is in it
+                fate = "nothing was learned yet"
+                if "env" in given:
+                    shutil.rmtree(out, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt) and signals:
+                print(f"stopped {start.env} at once: {fate}")
                 return 128 + signals[0]
+            error.fate = fate
             raise
-        finally:
-            envs.close()
-        with _signals_noted():  # a signal that comes now does not stop the writing
-            save(state, path)
     mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
     print(
-        f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {name}: mean return {mean:.1f} over the "
-        f"last {n} episodes, after {state.steps:,} steps in {time.perf_counter() - start:.1f} s; saved in {out}"
+        f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {state.env}: mean return {mean:.1f} over "
+        f"the last {n} episodes, after {state.steps:,} steps in {time.perf_counter() - begin:.1f} s; saved in {out}"
     )
     return 128 + signals[0] if signals else 0
 
 
+def _run_eval(given):
+    import gymnasium as gym
+
+    state, video = load(given["eval"]), given.get("video")
+    if video and "render" in given:
+        raise ValueError("--render and --video do not go together: choose one")
+    mode = {"render_mode": "human"} if "render" in given else {"render_mode": "rgb_array"} if video else {}
+    env = _make_env(state.env, **state.env_args | given.get("env_args", {}) | mode)
+    if video:
+        with _needs("moviepy", "video"):
+            import moviepy  # noqa: F401
+        env = gym.wrappers.RecordVideo(env, str(video), episode_trigger=lambda _: True)
+    with contextlib.closing(env):
+        returns, lengths = evaluate(state, env, given.get("episodes", 20), given.get("seed", 0))
+    print(
+        f"{state.env}, {len(returns)} episodes: return {returns.mean():.1f} +- {returns.std():.1f}, "
+        f"from {returns.min():.1f} to {returns.max():.1f}; length {lengths.mean():.1f}, "
+        f"from {lengths.min()} to {lengths.max()}" + (f"; recorded in {video}" if video else "")
+    )
+    return 0
+
+
+def _run_plot(given):
+    path = given.get("out", Path("learning_curves.png"))
+    plot(given["plot"], path)
+    print(f"drawn in {path}")
+    return 0
+
+
 def main(argv=None):
     """The command line: returns the exit code."""
-    args = _parser().parse_args(argv)
+    mode, given = _parse(argv)
+    if "" not in sys.path:
+        sys.path.append("")  # module:Name-v0 may be a file here
     try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
+        return {"env": _run_train, "resume": _run_train, "eval": _run_eval, "plot": _run_plot}[mode](given)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if given["debug"]:
             raise
-        print(f"trpo_min: {error}", file=sys.stderr)
-        return 2
+        expected = isinstance(error, (ValueError, OSError))
+        what = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
+        print("; ".join(["trpo_min: " + what, *filter(None, [getattr(error, "fate", None)])]), file=sys.stderr)
+        return 2 if expected else 1
 
 
 if __name__ == "__main__":
