@@ -770,6 +770,90 @@ def learn(args):
     print(f"  solved {solved}/{len(rows)}; steps: median {np.median(steps):,.0f}, largest {max(steps):,}")
 
 
+# ======================================================================================== kinds of environments; soak
+class Match(gym.Env):
+    """A custom environment: a reward of 1 for each part of the action that equals what a Dict observation asks for."""
+
+    def __init__(self, actions):
+        self.action_space = {
+            "MultiDiscrete": gym.spaces.MultiDiscrete([3, 4]),
+            "MultiBinary": gym.spaces.MultiBinary(4),
+        }[actions]
+        self.observation_space = gym.spaces.Dict({"wanted": self.action_space, "clock": gym.spaces.Box(0, 1)})
+
+    def observe(self):
+        return {"wanted": self.wanted, "clock": np.array([self.t / 10], np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.action_space.seed(int(self.np_random.integers(2**31)))
+        self.t, self.wanted = 0, self.action_space.sample()
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = float((action == self.wanted).sum())
+        self.t, self.wanted = self.t + 1, self.action_space.sample()
+        return self.observe(), reward, False, self.t == 10, {}
+
+
+ENVIRONMENTS = (  # environment, its arguments, steps, what it is
+    ("CartPole-v1", {}, 100_000, "classic control"),
+    ("FrozenLake-v1", {"is_slippery": False}, 50_000, "toy text"),
+    ("LunarLander-v3", {}, 300_000, "Box2D"),
+    ("InvertedPendulum-v5", {}, 150_000, "MuJoCo"),
+    ("Match-v0", {"actions": "MultiDiscrete"}, 30_000, "custom: Dict observations, MultiDiscrete actions; best 20"),
+    ("Match-v0", {"actions": "MultiBinary"}, 30_000, "custom: Dict observations, MultiBinary actions; best 40"),
+    ("flappy_bird_gymnasium:FlappyBird-v0", {}, 300_000, "third party: pip install flappy-bird-gymnasium"),
+)
+
+
+def environments(args):
+    """One environment of each kind, 3 seeds of the default Config, and 20 episodes of the most likely actions each."""
+    path, rows = RESULTS / "environments.csv", []
+    gym.register("Match-v0", Match)
+    for env, env_args, steps, what in ENVIRONMENTS:
+        if ":" in env and not importlib.util.find_spec(env.split(":")[0]):
+            print(f"{env} left out: {what}")
+            continue
+        config, means = tm.Config(total_steps=2000 if args.quick else steps), []
+        for seed in range(1 if args.quick else 3):
+            state = tm.train(lambda env=env, env_args=env_args: gym.make(env, **env_args), config, seed=seed)
+            returns, _ = tm.evaluate(state, gym.make(env, **env_args), 20, seed=1000)
+            means.append(returns.mean())
+            rows.append([env, env_args, seed, state.steps, *np.round([means[-1], returns.std()], 2), machine()])
+        spread = np.std(means, ddof=1) if len(means) > 1 else np.nan
+        print(f"{env} {env_args or ''} ({what}): {np.mean(means):.1f} +- {spread:.1f} at {state.steps:,}", flush=True)
+    if not args.quick:
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["env", "env_args", "seed", "steps", "return", "deviation", "versions"])
+            writer.writerows(rows)
+
+
+def soak(args):
+    """The memory of a run of Pendulum-v1 from the shell, every 10 s for so many minutes; Linux."""
+    folder, minutes = scratch(), 0.5 if args.quick else args.minutes
+    command = [sys.executable, HERE / "trpo_min.py", "--env", "Pendulum-v1", "--total-steps", "1_000_000_000"]
+    process = subprocess.Popen([*command, "--quiet", "--out", folder / "run"], stdout=subprocess.DEVNULL)
+    start, rows = time.monotonic(), []
+    while time.monotonic() - start < 60 * minutes:
+        time.sleep(10)
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        rows.append([round(time.monotonic() - start), pages * os.sysconf("SC_PAGE_SIZE") // 1024])
+        if not args.quick:
+            with open(RESULTS / "soak.csv", "w", newline="") as file:
+                csv.writer(file).writerows([["seconds", "kilobytes"], *rows])
+    process.terminate()
+    process.wait()
+    state, (seconds, kilobytes) = tm.load(folder / "run"), np.array(rows).T
+    later = kilobytes[len(rows) // 6 :]
+    print(machine())
+    print(
+        f"{seconds[-1]:,} s, {state.updates:,} updates, {state.steps:,} steps: {later.min():,} to {later.max():,} KB "
+        f"after the first sixth of the time, {kilobytes[-1] - later[0]:+,} KB from there to the end"
+    )
+
+
 # =============================================================================================== E11, and where it ends
 def at_rest(env, config, updates, seed=0):
     """A TrainState after some updates on env, and sample() for any number of rollouts of it: (rollout, branches)."""
@@ -1035,12 +1119,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     repeated = {fvp: 51, update: 21, train: 5, start: 3, scaling: 21}
-    for run in (fvp, update, train, solve, start, scaling, install, bound):
+    for run in (fvp, update, train, solve, start, scaling, install, bound, environments, soak):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         if run in repeated:
             command.add_argument("--repeats", type=int, default=repeated[run], help="calls or runs that a median is of")
         command.add_argument("--quick", action="store_true", help="smaller, under a minute; writes nothing")
         command.set_defaults(run=run)
+        if run is soak:
+            command.add_argument("--minutes", type=float, default=60, help="how long (default: 60)")
         if run is solve:
             command.add_argument("--seeds", type=int, default=10, help="seeds 0 to N - 1 (default: 10)")
     command = commands.add_parser("learn", help=learn.__doc__)
