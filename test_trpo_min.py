@@ -2100,7 +2100,7 @@ def test_branches_share_their_random_numbers_within_a_state_and_with_no_other():
 
     envs = SyncVectorEnv([Noise] * 2, autoreset_mode=AutoresetMode.DISABLED)
     state, runner = start(envs, tm.Config(hidden=(4,), vine_steps=1))
-    now, rng = (envs, *state[2:4], state.obs_stats), np.random.default_rng(0)
+    now, rng = (envs, state.policy, state.theta, state.obs_stats), np.random.default_rng(0)
     rollout, _ = tm.collect(*now, runner, rng, 30, 0.99, 30)
     seen = tm.branch(*now, rollout, rng, state.config).last_obs.reshape(60, 2)
     assert (seen[:, 0] == seen[:, 1]).all()
@@ -2113,7 +2113,7 @@ def test_branches_start_at_other_steps_in_each_rollout():
     state, runner = start(envs)
     rng, seen = np.random.default_rng(0), set()
     for _ in range(60):
-        rollout, runner = tm.collect(envs, *state[2:4], state.obs_stats, runner, rng, 8, 0.99, 2)
+        rollout, runner = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, rng, 8, 0.99, 2)
         seen |= {t for t, _ in rollout.saved}
     assert seen == set(range(8))
 
@@ -2749,10 +2749,11 @@ def test_bad_parameters_are_refused():
     [
         (tm.Policy((3, 2), "gausian"), "head must be"),
         (tm.Policy((3,), "gaussian"), "sizes must be"),
-        (tm.Policy((3, 0, 2), "gaussian"), "sizes must be"),
+        (tm.Policy((3, 0, 2), "gaussian"), "sizes and nvec must be"),
+        (tm.Policy((3, 4.0, 2), "gaussian"), "sizes and nvec must be"),
         (tm.Policy((3, 4), "categorical", (5,)), "nvec must"),
         (tm.Policy((3, 4), "categorical"), "nvec must"),
-        (tm.Policy((3, 4), "categorical", (4, 0)), "nvec must"),
+        (tm.Policy((3, 4), "categorical", (4, 0)), "sizes and nvec must be"),
         (tm.Policy((3, 4), "gaussian", (4,)), "nvec must"),
     ],
 )
@@ -2805,6 +2806,19 @@ def test_the_update_is_for_policies_and_the_fit_for_value_functions():
     for net in (case.policy, value):
         with pytest.raises(ValueError, match="value must be a network with one output"):
             tm.fit_value(net, case.theta, case.obs, np.zeros(60))
+
+
+def test_numbers_out_of_range_are_refused():
+    case, one = fixed_case(), np.ones((1, 1))
+    for name, call in {
+        "max_iter": lambda: tm.cg(lambda p: p, np.ones(2), max_iter=-1),
+        "tol": lambda: tm.cg(lambda p: p, np.ones(2), tol=np.nan),
+        "damping": lambda: tm.fvp(case.policy, case.theta, case.obs, case.theta, damping=-1.0),
+        "gamma": lambda: tm.gae(one, one, one, one, one, 1.1, 1.0),
+        "lam": lambda: tm.gae(one, one, one, one, one, 1.0, None),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            call()
 
 
 def test_cg_and_fisher_metric_refuse_shapes_that_do_not_fit():
@@ -3147,7 +3161,7 @@ def test_a_run_killed_at_any_moment_loads_and_resumes_with_every_finished_update
         process.communicate()
         state, rows = tm.load(out), tm.read_progress(out)
         inside += any(path.name.startswith("checkpoint.npz.") for path in out.iterdir())
-        assert state.updates > updates
+        assert state.updates > updates or known is None
         assert [row["update"] for row in rows][: state.updates] == list(range(1, state.updates + 1))
         assert len(rows) <= state.updates + 1
         updates = state.updates

@@ -275,10 +275,12 @@ def _check_policy(policy):
     sizes = policy.sizes
     if policy.head not in ("gaussian", "categorical", "value"):
         raise ValueError(f"head must be gaussian, categorical or value, got {policy.head!r}")
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"sizes must be two or more positive widths (D, hidden ..., outputs), got {sizes}")
-    if sum(policy.nvec) != (sizes[-1] if policy.head == "categorical" else 0) or min(policy.nvec, default=1) < 1:
-        raise ValueError(f"nvec must be positive and add up to the outputs of a categorical head, got {policy}")
+    if not all(isinstance(n, (int, np.integer)) and n > 0 for n in (*sizes, *policy.nvec)):
+        raise ValueError(f"sizes and nvec must be positive integers, got {policy}")
+    if len(sizes) < 2:
+        raise ValueError(f"sizes must be two or more widths (D, hidden ..., outputs), got {sizes}")
+    if sum(policy.nvec) != (sizes[-1] if policy.head == "categorical" else 0):
+        raise ValueError(f"nvec must add up to the outputs of a categorical head, got {policy}")
 
 
 def _check_inputs(policy, theta, obs):
@@ -759,6 +761,8 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
     Source: Hestenes and Stiefel 1952.
     """
     b = _finite("b", b, (None,))
+    _check_number("max_iter", max_iter, int, "[0, inf)")
+    _check_number("tol", tol, float, "[0, inf)")
     scale = np.abs(b).max() or 1.0  # squares of |b| may not overflow or underflow
 
     def checked(p):
@@ -869,6 +873,7 @@ def fvp(policy, theta, obs, v, damping=0.0):
     """
     theta, obs = _check_inputs(policy, theta, obs)
     v = _finite("v", v, theta.shape, theta.dtype)
+    _check_number("damping", damping, float, "[0, inf)")
     acts = _activations(theta, np.array(policy.sizes), obs)
     return _fvp(theta, v, *_fisher(policy, theta, acts), damping)
 
@@ -1036,6 +1041,8 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
     if not terminated.shape == truncated.shape == values.shape:
         raise ValueError(f"terminated and truncated must have shape {values.shape}, as values")
+    _check_number("gamma", gamma, float, "[0, 1]")
+    _check_number("lam", lam, float, "[0, 1]")
     adv = _gae(rewards, values, next_values, terminated, truncated, float(gamma), float(lam))
     return adv, adv + values
 
