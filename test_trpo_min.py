@@ -3190,7 +3190,7 @@ def test_a_folder_that_can_no_longer_be_written_to_ends_the_run_with_its_state_s
     then = {
         "full": "",
         "read-only": f"({wait} until mount -o remount,ro {disk} 2> /dev/null; do :; done) & ",
-        "deleted": f"({wait} rm -r {disk}) & ",
+        "deleted": f"({wait} mv {disk} {disk}.old; rm -r {disk}.old) & ",
     }[fault]
     script = f"{mount} {then} {TRAIN} --out {disk}/run"
     result = subprocess.run(in_a_namespace(script), cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -1982,7 +1982,7 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(word, self._option_string_actions, 1)
             if message.startswith("unrecognized") and near:
                 message += f" (did you mean {near[0]}?)"
-        self.exit(2, f"trpo_min: {message}\n")
+        self.exit(2, f"trpo_min: {' '.join(message.split())}\n")
 
 
 def _add_setting(group, name):
