@@ -1655,7 +1655,7 @@ def test_counted_steps_episodes_and_returns_are_those_that_happened(mode, E, tot
     state = tm.train(envs, config)
     taken = [len(env.seen) for env in envs.envs]
     assert state.steps == sum(taken)
-    assert total_steps <= state.steps < total_steps + E
+    assert total_steps - E < state.steps <= total_steps
     finished = []
     for e, n in enumerate(taken):
         total, length = 0.0, 0
@@ -2872,6 +2872,17 @@ def test_an_interrupt_carries_what_was_learned():
     assert error.value.state.updates == 3
 
 
+def test_an_exception_that_is_its_own_cause_in_the_end_still_leaves_training():
+    def fail(*_):
+        first, second = RuntimeError("the door is stuck"), ValueError()
+        first.__cause__, second.__cause__ = second, first
+        raise first
+
+    with pytest.raises(RuntimeError, match="the door is stuck") as error:
+        tm.train("CartPole-v1", tm.Config(hidden=(3,), rollout_steps=20), callback=fail)
+    assert error.value.state.updates == 1
+
+
 def test_an_interrupt_handled_earlier_is_not_raised_again():
     try:
         raise KeyboardInterrupt
@@ -2921,6 +2932,7 @@ def shell(tmp_path, *argv):
         (["--eval", "here", "--max-kl", "0.1"], "--max-kl does not go with --eval"),
         (["--eval", "here", "--episodes", "0"], "--episodes must be at least 1, got 0"),
         (["--plot", "here"], "here"),
+        (["--env", "CartPole-v1", "--total-steps", "3", "--quiet"], "give a larger --total-steps"),
         ([], "--env"),
     ],
 )
@@ -2994,6 +3006,26 @@ def test_a_second_signal_interrupts_a_long_update_and_still_saves(tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1
+
+
+def test_any_second_signal_interrupts_and_an_ignored_one_stays_ignored():
+    old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with tm._signals_noted() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, old)
+    assert signals == []
+    with tm._signals_noted() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signals == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("output", ["| true", "> /dev/full", ">&-"])
+def test_a_reader_who_has_gone_does_not_end_the_training(tmp_path, output):
+    command = f"{sys.executable} {HERE / 'trpo_min.py'} --env CartPole-v1 --total-steps 20_000 --out here"
+    subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {output}"], cwd=tmp_path, check=True)
+    assert tm.load(tmp_path / "here").steps == 20_000
 
 
 def test_main_leaves_the_signal_handlers_as_they_were(tmp_path, capsys):
@@ -3096,9 +3128,7 @@ def test_a_finished_run_is_not_resumed_but_told_how_to_go_on(run_folder, tmp_pat
     tm.save(tm.load(run_folder)._replace(solved=True), run_folder / "checkpoint.npz")
     assert tm.main(["--resume", str(run_folder), "--stop-when-solved"]) == 2
     assert "give --no-stop-when-solved" in capsys.readouterr().err
-    assert {name: data for name, data in contents(run_folder).items() if name != "checkpoint.npz"} == {
-        name: data for name, data in before.items() if name != "checkpoint.npz"
-    }
+    assert contents(run_folder)["progress.csv"] == before["progress.csv"]
 
 
 def test_nothing_that_a_folder_holds_is_overwritten(run_folder, tmp_path, capsys):
@@ -3136,10 +3166,35 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_resume_and_eval_in_one_sen
     else:
         tm.save(state._replace(env={"other spaces": "Acrobot-v1", "no environment": "Gone-v0"}[damage]), path)
     before = contents(run_folder)
-    for argv in (["--resume", str(run_folder), "--total-steps", "320"], ["--eval", str(run_folder)]):
+    for argv in (["--resume", str(run_folder), "--total-steps", "320", "--quiet"], ["--eval", str(run_folder)]):
         assert tm.main(argv) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
-        assert contents(run_folder) == before
+        after = contents(run_folder)
+        assert after.keys() == before.keys() and after["checkpoint.npz"] == before["checkpoint.npz"]
+
+
+def test_a_resume_drops_the_rows_that_the_checkpoint_does_not_know_of_and_a_line_cut_short(run_folder):
+    table, state = run_folder / "progress.csv", tm.load(run_folder)
+    lines = table.read_text().splitlines(keepends=True)
+    for text in (lines, [lines[0], *lines[5:]], [lines[0]], [], [lines[0][:9]]):  # whole, or from a rescued folder
+        table.write_text("".join([*text, *([lines[-1].replace("10,160", "11,176"), "12,19"] if text[1:] else [])]))
+        tm.save(state, run_folder / "checkpoint.npz")
+        main("--resume", run_folder, "--total-steps", 192, "--quiet")
+        updates = [row["update"] for row in tm.read_progress(run_folder)]
+        assert updates == [*range(11 - len(text[1:]), 11), 11, 12]
+    table.write_text("update,steps\n1,x\n")
+    with pytest.raises(ValueError, match=r"progress.csv is not what trpo_min wrote"):
+        tm.read_progress(run_folder)
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time_by_its_folder_or_checkpoint(run_folder, capsys):
+    with open(run_folder / "progress.csv", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert tm.main(["--resume", str(run_folder), "--total-steps", "320"]) == 2
+        assert "in use by another process" in capsys.readouterr().err
+    main("--resume", run_folder / "checkpoint.npz", "--total-steps", 320, "--quiet")
+    record = json.loads((run_folder / "config.json").read_text())
+    assert (record["config"]["total_steps"], tm.load(run_folder).steps) == (320, 320)
 
 
 # The number of processes killed; the figure in the README is of KILLS=200.
@@ -3151,10 +3206,10 @@ def test_a_run_killed_at_any_moment_loads_and_resumes_with_every_finished_update
     rng, out, inside, updates = np.random.default_rng(0), tmp_path / "run", 0, 0
     quick = [*QUICK, "--total-steps", "100_000_000", "--out", out]
     for _ in range(KILLS):
-        known = (out / "checkpoint.npz").stat().st_mtime_ns if out.exists() else None
+        known = (out / "checkpoint.npz").stat().st_mtime_ns if out.exists() else None  # until that changes, it starts
         argv = ["--resume", out, "--quiet"] if out.exists() else ["--env", "CartPole-v1", *quick]
         process = subprocess.Popen([sys.executable, HERE / "trpo_min.py", *map(str, argv)], stderr=subprocess.PIPE)
-        while not out.exists() or (out / "checkpoint.npz").stat().st_mtime_ns == known:  # it trains
+        while not (out / "checkpoint.npz").exists() or (out / "checkpoint.npz").stat().st_mtime_ns == known:
             assert process.poll() is None, process.stderr.read()
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
@@ -3208,12 +3263,34 @@ def test_a_folder_that_can_no_longer_be_written_to_ends_the_run_with_its_state_s
 def test_evaluation_from_the_shell_says_what_evaluate_returns_and_changes_no_byte(run_folder, capsys):
     before = contents(run_folder)
     main("--eval", run_folder, "--episodes", 7, "--seed", 3)
-    returns, lengths = tm.evaluate(tm.load(run_folder), episodes=7, seed=3)
+    returns, lengths = tm.evaluate(tm.load(run_folder), "CartPole-v1", episodes=7, seed=3)
     assert capsys.readouterr().out == (
         f"CartPole-v1, 7 episodes: return {returns.mean():.1f} +- {returns.std():.1f}, from {returns.min():.1f} to "
         f"{returns.max():.1f}; length {lengths.mean():.1f}, from {lengths.min()} to {lengths.max()}\n"
     )
     assert contents(run_folder) == before
+
+
+class Listed(gym.Env):
+    observation_space, action_space = spaces.Box(-1, 1, (1,)), spaces.Discrete(2)
+
+    def __init__(self, items):
+        assert isinstance(items, list)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+def test_a_list_among_the_environment_arguments_is_a_list_again_when_resumed(tmp_path):
+    gym.register("Listed-v0", Listed)
+    argv = ["--env", "Listed-v0", "--env-args", '{"items": [1, 2]}', *QUICK]
+    main(*argv, "--total-steps", 16, "--out", tmp_path / "run")
+    main("--resume", tmp_path / "run", "--total-steps", 32)
+    del gym.registry["Listed-v0"]
+    assert tm.load(tmp_path / "run").env_args == {"items": [1, 2]}
 
 
 def test_environment_arguments_are_kept_for_evaluation_and_resuming(tmp_path, capsys):
@@ -3305,7 +3382,7 @@ def test_learning_curves_have_a_panel_for_each_environment_and_a_band_for_severa
     first, second = figures[0].axes
     assert (first.get_title(), second.get_title()) == ("CartPole-v1", "Pendulum-v1")
     assert [line.get_label() for line in first.lines] == [
-        "gamma 0.99: 3 seeds, mean and 95% interval", "gamma 0.9: 1 run, mean, smallest and largest"
+        "gamma 0.99: 3 runs, mean and 95% interval", "gamma 0.9: 1 run, mean, smallest and largest"
     ]  # fmt: skip
     rows = [np.array([(r["steps"], r["return_mean"]) for r in tm.read_progress(f) if r["episodes"]]) for f in folders]
     steps, mean = first.lines[0].get_data()

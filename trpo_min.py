@@ -32,6 +32,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import difflib
 import functools
 import hashlib
@@ -43,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1527,7 +1529,8 @@ class TrainState(NamedTuple):
     """All that training carries from one update to the next, but for the environments themselves."""
 
     env: str  # its id, or what it calls itself
-    env_args: dict  # of gym.make
+    env_args: dict  # of gym.make, where it was made from the command line
+    seed: int
     config: Config
     policy: Policy
     theta: np.ndarray  # (P,)
@@ -1553,7 +1556,7 @@ def init_state(env, policy, config, seed, env_args=None):
     rng, value = np.random.default_rng(seed), _value_network(policy)
     theta, phi = (init_params(net, rng, np.dtype(config.dtype)) for net in (policy, value))
     empty = [RunningStats(0.0, np.zeros(n), np.zeros(n)) for n in (policy.sizes[0], 1)]
-    return TrainState(env, env_args or {}, config, policy, theta, value, phi, *empty, rng.bit_generator.state)
+    return TrainState(env, env_args or {}, seed, config, policy, theta, value, phi, *empty, rng.bit_generator.state)
 
 
 def _centre(adv, weights=1.0, group=None):
@@ -1652,6 +1655,18 @@ def _vine_plan(envs, policy, config):
     return n_saved, most
 
 
+def _interrupt_behind(error, handled):
+    """The KeyboardInterrupt that another exception hides, as in compiled code and while compiling; else None.
+
+    handled is what was being handled already when training began.
+    """
+    seen = [None, handled]
+    while error not in seen and not isinstance(error, KeyboardInterrupt):
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return error if isinstance(error, KeyboardInterrupt) and error is not handled else None
+
+
 def train(env, config=None, *, seed=0, state=None, callback=None):
     """Train a policy: returns the TrainState.
 
@@ -1674,13 +1689,12 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
     stop, handled = False, sys.exc_info()[1]
     try:
-        n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, 1)
+        n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, envs.num_envs)
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng_state
         runner = _first_runner(envs, int(rng.integers(2**31)))
         while not stop and not state.solved and state.steps + least <= config.total_steps:
-            n_steps = min(config.rollout_steps, config.total_steps - state.steps)
-            n_steps = -(-n_steps // envs.num_envs)
+            n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // envs.num_envs)
             now = envs, policy, state.theta, state.obs_stats
             rollout, runner = collect(*now, runner, rng, n_steps, config.gamma, n_saved)
             if not rollout.real.any():  # a rollout of one step, in which every environment was reset
@@ -1691,11 +1705,9 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = callback is not None and callback(state, info, explained)
     except BaseException as error:
-        cause = error  # an interrupt in compiled code, or while compiling, is somewhere behind another exception
-        while cause not in (None, handled) and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__ or cause.__context__
-        error = error if cause in (None, handled) else cause
-        error.state = state
+        error = _interrupt_behind(error, handled) or error
+        with contextlib.suppress(AttributeError):  # of a class that has something else of that name
+            error.state = state
         raise error
     finally:
         if made_here:
@@ -1704,30 +1716,24 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
 
 
 # =============================================================================================== using what was trained
-def evaluate(state, env=None, episodes=10, seed=0):
-    """Raw returns and lengths, each (episodes,), of the most likely actions in env: an id or a gym.Env; None: state's.
-
-    state is read only: the statistics of its observations do not move.
-    """
+def evaluate(state, env, episodes=10, seed=0):
+    """Raw returns and lengths, each (episodes,), of the most likely actions in env: an id or a gym.Env whose episodes
+    end.  state is read only: the statistics of its observations do not move."""
     import gymnasium as gym
 
-    made, results = _make_env(env) if env else _make_env(state.env, **state.env_args), []
-    if isinstance(made, gym.vector.VectorEnv):
+    env, results = _make_env(env), []
+    if isinstance(env, gym.vector.VectorEnv):
         raise ValueError("evaluate plays one episode after another: give it an id or a gym.Env, not a VectorEnv")
-    if make_policy(made.observation_space, made.action_space, state.policy.sizes[1:-1]) != state.policy:
-        raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {made}")
-    try:
-        for episode in range(episodes):
-            obs, _ = made.reset(seed=seed if episode == 0 else None)
-            total, length, ended = 0.0, 0, False
-            while not ended:
-                action = state.act(gym.spaces.flatten(made.observation_space, obs))
-                obs, reward, terminated, truncated, _ = made.step(action)
-                total, length, ended = total + float(reward), length + 1, terminated or truncated
-            results.append((total, length))
-    finally:
-        if made is not env:
-            made.close()
+    if make_policy(env.observation_space, env.action_space, state.policy.sizes[1:-1]) != state.policy:
+        raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {env}")
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        total, length, ended = 0.0, 0, False
+        while not ended:
+            action = state.act(gym.spaces.flatten(env.observation_space, obs))
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, length, ended = total + float(reward), length + 1, terminated or truncated
+        results.append((total, length))
     return np.array([total for total, _ in results]), np.array([length for _, length in results])
 
 
@@ -1741,6 +1747,9 @@ def _replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # what the user knows of
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -1756,10 +1765,14 @@ def save(state, path):
     for name in ("obs_stats", "reward_stats"):
         arrays |= {f"{name}.{field}": np.asarray(value) for field, value in plain.pop(name)._asdict().items()}
     plain |= {name: plain[name]._asdict() for name in ("config", "policy", "value")}
-    text = json.dumps(plain | {"version": __version__}, default=lambda number: number.item())
+    text = json.dumps(plain, default=lambda number: number.item())
     arrays["state"] = np.asarray(text)
     with _replacing(Path(path)) as file:
         np.savez(file, **arrays, digest=_digest(arrays))
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list) else value
 
 
 def load(path):
@@ -1771,13 +1784,13 @@ def load(path):
             arrays = dict(content)
         if str(arrays.pop("digest")) != _digest(arrays):
             raise ValueError("it was changed after it was written")
-        plain = json.loads(str(arrays.pop("state")), object_hook=_tuples)
-        del plain["version"]
+        plain = json.loads(str(arrays.pop("state")))
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
             plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
-        plain |= {"config": Config(**plain["config"])}
-        plain |= {name: Policy(**plain[name]) for name in ("policy", "value")}
+        for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
+            plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
+        plain |= {name: _tuple(plain[name]) for name in ("returns", "lengths")}
         check_config(plain["config"])
         if len(plain["obs_stats"].mean) != plain["policy"].sizes[0]:
             raise ValueError("its parts do not fit together")
@@ -1789,10 +1802,6 @@ def load(path):
         raise
     except Exception as error:  # a damaged file fails in more ways than could be listed
         raise ValueError(f"{path} is not a checkpoint of trpo_min {__version__}: {error}") from error
-
-
-def _tuples(mapping):
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in mapping.items()}
 
 
 # ======================================================================================================= a run's folder
@@ -1824,10 +1833,12 @@ def progress_row(state, info, explained, steps_per_second, seconds):
 
 
 def read_progress(out):
-    """The rows of a run's progress.csv as numbers; a last line cut short by the end of the process is left out."""
-    with open(out / "progress.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+    """The rows of a run's progress.csv as numbers."""
+    try:
+        with open(out / "progress.csv", newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{out / 'progress.csv'} is not what trpo_min wrote: {error}") from error
 
 
 def _add_progress(out, row):
@@ -1838,53 +1849,62 @@ def _add_progress(out, row):
         writer.writerow(row)
 
 
-def _start_folder(out, state, seed):
-    """Makes a run's folder, complete from the moment that it is there; ValueError if it holds anything already."""
+def _write_config(out, state):
     import gymnasium
 
     versions = {module.__name__: module.__version__ for module in (np, numba, scipy, gymnasium)}
     versions |= {"trpo_min": __version__, "python": sys.version.split()[0]}
-    record = {"env": state.env, "env_args": state.env_args, "seed": seed, "versions": versions}
-    try:
-        out.rmdir()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise ValueError(f"{out} exists, and is not overwritten: choose another --out, or --resume {out}") from error
-    part = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    part.mkdir(parents=True)
-    try:
-        text = json.dumps(record | {"config": state.config._asdict()}, indent=2)
-        (part / "config.json").write_text(text + "\n")
-        (part / "progress.csv").touch()
-        save(state, part / "checkpoint.npz")
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    record = {"env": state.env, "env_args": state.env_args, "seed": state.seed, "config": state.config._asdict()}
+    with _replacing(out / "config.json") as file:
+        file.write(json.dumps(record | {"versions": versions}, indent=2).encode() + b"\n")
 
 
-def _resume_folder(out, state):
-    """Cuts progress.csv back to state, and removes what a killed process left half done; the seconds so far."""
-    for part in out.glob("*.tmp"):
-        part.unlink()
+def _start_folder(out, state):
+    """Makes a run's folder, the checkpoint first; ValueError if it holds anything already."""
+    out.mkdir(parents=True, exist_ok=True)
+    if any(not path.name.endswith(".tmp") for path in out.iterdir()):
+        resume = f", or --resume {out}" if (out / "checkpoint.npz").exists() else ""
+        raise ValueError(f"{out} is not empty, and is not overwritten: choose another --out{resume}")
+    save(state, out / "checkpoint.npz")
+
+
+def _cut_progress(out, updates):
+    """Cuts off the rows after so many updates, which a process wrote that was killed before the checkpoint."""
     path = out / "progress.csv"
     path.touch()
-    lines = path.read_bytes().splitlines(keepends=True)[: 1 + state.updates]
-    os.truncate(path, sum(len(line) for line in lines if line.endswith(b"\n")))
-    rows = read_progress(out)
-    return rows[-1]["seconds"] if rows else 0.0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for n, line in enumerate(lines):
+        number = line.split(b",")[0]
+        if not line.endswith(b"\n") or (number.isdigit() and int(number) > updates):
+            os.truncate(path, sum(map(len, lines[:n])))
+            return
+
+
+def _lock(out, stack):
+    """ValueError if another process has the run; on Windows, where there is no flock, nothing."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            file = stack.enter_context(open(out / "progress.csv", "rb"))  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out} is in use by another process") from error
 
 
 def _rescue(state, out):
     """Saves state in out, or else in a new folder here, among the temporary files, or at home; returns where."""
     for base in (None, Path(), tempfile.gettempdir(), Path.home()):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-            folder = Path(tempfile.mkdtemp(prefix=f"{out.name}-", dir=base)) if base else out
-            undo.callback(folder.rmdir if base else lambda: None)
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f"{out.resolve().name}-", dir=base)) if base else out
+        except OSError:
+            continue
+        try:
             save(state, folder / "checkpoint.npz")
-            undo.pop_all()
             return folder
+        except OSError:
+            if base:
+                folder.rmdir()
     return "no folder, as none can be written to"
 
 
@@ -1898,24 +1918,27 @@ def _needs(module, extra):
 
 
 def _curve(runs):
-    """steps, return, low, high: of one run its smallest and largest return; of several the 95% interval of the mean."""
+    """steps, return, low, high: of one run its smallest and largest return; of several the 95% interval of the mean,
+    for the steps that all of them took."""
     columns = [np.array([[row[name] for name in ("steps", "return_mean", "return_min", "return_max")] for row in run]).T
                for run in runs]  # fmt: skip
     if len(runs) == 1:
         return columns[0]
     steps = np.linspace(max(each[0, 0] for each in columns), min(each[0, -1] for each in columns), 200)
+    if steps[0] > steps[-1]:
+        raise ValueError("runs of the same settings have no steps in common: plot them one by one")
     means = np.stack([np.interp(steps, each[0], each[1]) for each in columns])
     half = scipy.special.stdtrit(len(runs) - 1, 0.975) * means.std(axis=0, ddof=1) / np.sqrt(len(runs))
     return steps, means.mean(axis=0), means.mean(axis=0) - half, means.mean(axis=0) + half
 
 
 def plot(folders, path):
-    """Learning curves of runs' folders as a PNG: a panel for each environment, in it a curve for each Config."""
+    """Learning curves of runs' folders: a panel for each environment, in it a curve for each Config."""
     with _needs("matplotlib", "plot"):
         from matplotlib.figure import Figure
     panels = {}
-    for folder in folders:
-        state, rows = load(folder), [row for row in read_progress(Path(folder)) if np.isfinite(row["return_mean"])]
+    for folder in dict.fromkeys(Path(each).resolve() for each in folders):
+        state, rows = load(folder), [row for row in read_progress(folder) if np.isfinite(row["return_mean"])]
         if not rows:
             raise ValueError(f"{folder} has no finished episode to plot")
         title = state.env + (f" {json.dumps(state.env_args)}" if state.env_args else "")
@@ -1926,15 +1949,17 @@ def plot(folders, path):
         for settings, runs in curves.items():
             steps, mean, low, high = _curve(runs)
             differs = ", ".join(f"{name} {value}" for name, value in sorted(settings - frozenset.intersection(*curves)))
-            band = f"{len(runs)} seeds, mean and 95% interval" if len(runs) > 1 else "1 run, mean, smallest and largest"
-            (line,) = axis.plot(steps, mean, label=f"{differs}: {band}" if differs else band)
+            band = f"{len(runs)} runs, mean and 95% interval" if len(runs) > 1 else "1 run, mean, smallest and largest"
+            marker = "" if len(steps) > 1 else "o"
+            (line,) = axis.plot(steps, mean, marker=marker, label=f"{differs}: {band}" if differs else band)
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="environment steps", ylabel="return of the last 100 episodes")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.grid(alpha=0.3)
         axis.legend()
-    with _replacing(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=150)
+    path = Path(path)
+    with _replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=150)
 
 
 # ========================================================================================================= command line
@@ -1969,10 +1994,11 @@ def integer(text):
 
 def json_object(text):
     """A dict out of JSON."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"size\": 5}}', got {text}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -2064,30 +2090,38 @@ def _header(envs, state, given):
     )
 
 
-def _print_row(row):
-    print(
-        "{steps:9,}  return {return_mean:6.1f}  KL {kl_mean:.4f} max {kl_max:.3f}  entropy {entropy:5.2f}  "
-        "EV {explained_variance:4.0%}  {steps_per_second:6,.0f}/s".format(**row),
-        flush=True,
+def _say(text):
+    """Print; a reader who has gone, or a full disk behind the output, does not end the training."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _say_row(row):
+    _say(
+        "{steps:9,}  return {return_mean:7.5g}  KL {kl_mean:.4f} max {kl_max:.3f}  entropy {entropy:5.2f}  "
+        "EV {explained_variance:4.0%}  {steps_per_second:6,.0f}/s".format(**row)
     )
 
 
 def _progress(state, stack):
     """report(row), called after each update: a progress bar on a terminal, else a line."""
-    if not sys.stdout.isatty():
-        return _print_row
+    if not (sys.stdout and sys.stdout.isatty()):
+        return _say_row
     try:
         from tqdm import tqdm
     except ImportError:
-        print("(for a progress bar: pip install tqdm, or the extra progress of trpo-min)")
-        return _print_row
-    total, started = state.config.total_steps, []
+        _say("(for a progress bar: pip install tqdm, or the extra progress of trpo-min)")
+        return _say_row
+    bars = []
 
     def report(row):
-        if not started:  # not before, so that the notice of compiling comes first
-            started.append(stack.enter_context(tqdm(total=total, initial=state.steps, unit="step", unit_scale=True)))
-        started[0].set_postfix_str("return {return_mean:.1f}, KL {kl_mean:.4f}".format(**row), refresh=False)
-        started[0].update(row["steps"] - started[0].n)
+        if not bars:  # not before, so that the notice of compiling comes first
+            options = {"total": state.config.total_steps, "initial": state.steps, "unit": "step", "unit_scale": True}
+            bars.append(stack.enter_context(tqdm(**options)))
+        bars[0].set_postfix_str("return {return_mean:.5g}, KL {kl_mean:.4f}".format(**row), refresh=False)
+        bars[0].update(row["steps"] - bars[0].n)
 
     return report
 
@@ -2114,7 +2148,7 @@ def _compile_notice():
 
         def on_start(self, _):
             if not self.said:
-                print("compiling (once: the machine code is cached for later runs) ...", flush=True)
+                _say("compiling (once: the machine code is cached for later runs) ...")
             self.said = True
 
         def on_end(self, _):
@@ -2133,11 +2167,14 @@ def _signals_noted():
 
     def note(number, _):
         received.append(number)
-        signal.signal(number, signal.default_int_handler)
+        for each in handlers:
+            signal.signal(each, signal.default_int_handler)
 
     main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-    handlers = {number: signal.signal(number, note) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    handlers = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
+    for number in handlers:
+        signal.signal(number, note)
     try:
         yield received
     finally:
@@ -2145,80 +2182,88 @@ def _signals_noted():
             signal.signal(number, handler)
 
 
-def _train_and_save(envs, start, out, seconds, given, signals, stack):
-    """train from start on; what each update learned is saved in out, and reported.  Returns the last TrainState."""
-    reports, begin, last = [], time.perf_counter() - seconds, [seconds, start.steps]
-    if given.get("tensorboard"):
-        reports.append(_tensorboard(out, start, stack))
-    if not given["quiet"]:
-        print(_header(envs, start, given))
-        reports.append(_progress(start, stack))
-        stack.enter_context(_compile_notice())
+def _recorder(out, start, reports, signals):
+    """A callback for train: each update is saved in out and reported; it stops at a signal."""
+    rows = read_progress(out)
+    begin, last = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0), [time.perf_counter(), start.steps]
 
     def callback(state, info, explained):
-        now = time.perf_counter() - begin
-        row = progress_row(state, info, explained, (state.steps - last[1]) / (now - last[0]), now)
+        now = time.perf_counter()
+        row = progress_row(state, info, explained, (state.steps - last[1]) / (now - last[0]), now - begin)
         last[:] = now, state.steps
         _add_progress(out, row)  # first: resuming drops a row that checkpoint.npz does not know of
         save(state, out / "checkpoint.npz")
         for report in reports:
             report(row)
-        return bool(signals)  # stop after this update
+        return bool(signals)
 
-    return train(envs, start.config, state=start, callback=callback)
+    return callback
 
 
-def _start(given):
-    """The environments, the TrainState to start from, its folder, and the seconds spent on it, as asked for."""
-    settings = {name: tuple(value) if name == "hidden" else value for name, value in given.items() if name in _FIELDS}
-    if "resume" in given:
-        out = given["resume"]
-        start = load(out / "checkpoint.npz")
-        start = start._replace(config=start.config._replace(**settings))
-        solved = start.solved and start.config.stop_when_solved
-        if solved or start.steps >= start.config.total_steps:
-            more = "--no-stop-when-solved" if solved else "a larger --total-steps"
-            raise ValueError(f"{out} is finished, after {start.steps:,} steps: to go on, give {more}")
-        check_config(start.config)
-        envs, _ = _make_envs(start.env, start.config, **start.env_args)
-        return envs, start, out, _resume_folder(out, start)
-    config, name, seed = Config(**settings), given["env"], given.get("seed", 0)
+def _new_run(given, settings):
+    """The environments, the TrainState to start from, and its folder, of --env."""
+    config, name, env_args, seed = Config(**settings), given["env"], given.get("env_args", {}), given.get("seed", 0)
     check_config(config)
-    env_args = given.get("env_args", {})
     envs, _ = _make_envs(name, config, **env_args)
     policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
-    start = init_state(name, policy, config, seed, env_args)
-    folder = f"{name.replace('/', '-').replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}"
-    out = given.get("out", Path("runs") / folder)
-    _start_folder(out, start, seed)
-    return envs, start, out, 0.0
+    start, now = init_state(name, policy, config, seed, env_args), datetime.datetime.now()
+    run = f"{name.replace('/', '-').replace(':', '-')}-{now:%Y%m%d-%H%M%S.%f}-seed{seed}"
+    out = given.get("out", Path("runs") / run)
+    _start_folder(out, start)
+    return envs, start, out
+
+
+def _old_run(given, settings):
+    """The same of --resume."""
+    out = given["resume"]
+    out = out.parent if out.is_file() else out
+    start = load(out / "checkpoint.npz")
+    start = start._replace(config=start.config._replace(**settings))
+    check_config(start.config)
+    envs, _ = _make_envs(start.env, start.config, **start.env_args)
+    return envs, start, out
 
 
 def _run_train(given):
-    envs, start, out, seconds = _start(given)
-    begin = time.perf_counter()
+    begin, resumed = time.perf_counter(), "resume" in given
+    settings = {name: _tuple(value) for name, value in given.items() if name in _FIELDS}
+    envs, start, out = (_old_run if resumed else _new_run)(given, settings)
     with contextlib.closing(envs), contextlib.ExitStack() as stack, _signals_noted() as signals:
         try:
-            state = _train_and_save(envs, start, out, seconds, given, signals, stack)
+            (out / "progress.csv").touch()
+            _lock(out, stack)
+            for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
+                part.unlink()
+            _cut_progress(out, start.updates)
+            _write_config(out, start)
+            reports = [_tensorboard(out, start, stack)] if given.get("tensorboard") else []
+            if not given["quiet"]:
+                _say(_header(envs, start, given))
+                reports.append(_progress(start, stack))
+                stack.enter_context(_compile_notice())
+            state = train(envs, start.config, state=start, callback=_recorder(out, start, reports, signals))
+            if state.updates == start.updates and not signals:
+                more = "--no-stop-when-solved" if state.solved else "a larger --total-steps"
+                raise ValueError(f"no update is left to do after {start.steps:,} steps: to go on, give {more}")
         except BaseException as error:
             stack.close()
             state = getattr(error, "state", start)
             if state.updates > start.updates:
-                fate = f"the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
-            else:
-                fate = "nothing was learned yet"
-                if "env" in given:
-                    shutil.rmtree(out, ignore_errors=True)
-            if isinstance(error, KeyboardInterrupt) and signals:
-                print(f"stopped {start.env} at once: {fate}")
-                return 128 + signals[0]
-            error.fate = fate
+                error.fate = f"the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
+            elif not resumed:
+                shutil.rmtree(out, ignore_errors=True)
+                with contextlib.suppress(OSError):  # not empty, or not made here
+                    Path("runs").rmdir()
+            if signals and isinstance(error, KeyboardInterrupt):
+                error.code = 128 + signals[0]
             raise
-    mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
-    print(
-        f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {state.env}: mean return {mean:.1f} over "
-        f"the last {n} episodes, after {state.steps:,} steps in {time.perf_counter() - begin:.1f} s; saved in {out}"
-    )
+        stack.close()
+        mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
+        _say(
+            f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {state.env}: mean return {mean:.5g} "
+            f"over the last {n} episodes, after {state.steps:,} steps in {time.perf_counter() - begin:.1f} s; "
+            f"saved in {out}"
+        )
     return 128 + signals[0] if signals else 0
 
 
@@ -2229,10 +2274,11 @@ def _run_eval(given):
     if video and "render" in given:
         raise ValueError("--render and --video do not go together: choose one")
     mode = {"render_mode": "human"} if "render" in given else {"render_mode": "rgb_array"} if video else {}
-    env = _make_env(state.env, **state.env_args | given.get("env_args", {}) | mode)
     if video:
         with _needs("moviepy", "video"):
             import moviepy  # noqa: F401
+    env = _make_env(state.env, **state.env_args | given.get("env_args", {}) | mode)
+    if video:
         env = gym.wrappers.RecordVideo(env, str(video), episode_trigger=lambda _: True)
     with contextlib.closing(env):
         returns, lengths = evaluate(state, env, given.get("episodes", 20), given.get("seed", 0))
@@ -2258,15 +2304,17 @@ def main(argv=None):
         sys.path.append("")  # module:Name-v0 may be a file here
     try:
         return {"env": _run_train, "resume": _run_train, "eval": _run_eval, "plot": _run_plot}[mode](given)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except Exception as error:
+    except BaseException as error:
         if given["debug"]:
-            raise
-        expected = isinstance(error, (ValueError, OSError))
-        what = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
-        print("; ".join(["trpo_min: " + what, *filter(None, [getattr(error, "fate", None)])]), file=sys.stderr)
-        return 2 if expected else 1
+            traceback.print_exc()
+        expected = isinstance(error, (ValueError, OSError)) and str(error)
+        what = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
+        code = 2 if expected else 1
+        if isinstance(error, KeyboardInterrupt):
+            what, code = "interrupted", getattr(error, "code", 128 + signal.SIGINT)
+        fate = f"; {error.fate}" if hasattr(error, "fate") else ""
+        print(f"trpo_min: {' '.join(what.split())}{fate}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
