@@ -2,7 +2,7 @@
 
     OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=2 python bench.py update             speed, on two threads
     OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 taskset -c 0 python bench.py update      the same on one
-    python bench.py learn CartPole-v1 --seeds 20              learning, a row a seed, appended to results/
+    OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python bench.py learn --plot             learning, by two processes
 
 Each sub-command checks first that what it compares gives the same numbers.  Times are medians of --repeats calls in
 this process, with the spread from the first to the third quartile.  `pip install ".[bench,mujoco,envpool]"` has all
@@ -16,7 +16,9 @@ import contextlib
 import copy
 import csv
 import importlib.util
+import io
 import itertools
+import multiprocessing
 import os
 import platform
 import shutil
@@ -26,12 +28,14 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
 import numba
 import numpy as np
 import scipy
+import scipy.stats
 
 import trpo_min as tm
 
@@ -733,41 +737,173 @@ def size_of(folder):
 
 
 # ============================================================================================================ learning
+PUBLISHED = {  # the best published TRPO after 1,000,000 steps, of any code and version of the environment
+    "HalfCheetah-v5": 4471,  # Tianshou's README, largest over training
+    "Hopper-v5": 3372,  # sb3-contrib's documentation, as Walker2d, Ant and Swimmer
+    "Walker2d-v5": 4502,
+    "Ant-v5": 3554,
+    "Swimmer-v5": 359,
+    "Reacher-v5": -4.8,  # OpenAI Baselines
+    "InvertedPendulum-v5": 1000,  # Tianshou, as the next
+    "InvertedDoublePendulum-v5": 8435,
+    "Humanoid-v5": 1030,  # Engstrom et al. 2020, TRPO+
+}
+ROW = ["who", "settings", "env", "seed", "steps", "return", "deviation", "length", "training_return", "seconds"]
+
+
+def play(predict, env, seed, episodes=10):
+    """Mean return, its deviation, and mean length of episodes of a deterministic policy."""
+    totals = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        rewards, ended = [], False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(predict(obs))
+            rewards.append(reward)
+            ended = terminated or truncated
+        totals.append((sum(rewards), len(rewards)))
+    returns, lengths = np.array(totals).T
+    return [round(float(x), 3) for x in (returns.mean(), returns.std(), lengths.mean())]
+
+
+def learn_ours(env, settings, seed, total_steps, every, report):
+    config = tm.Config(total_steps=total_steps, stop_when_solved=False)._replace(**settings)
+    test, due = gym.make(env), [every]
+
+    def callback(state, info, explained):
+        if state.steps >= min(due[0], total_steps - config.num_envs + 1):
+            due[0] += every
+            report(state.steps, play(state.act, test, 1000 + seed), np.mean(state.returns or (np.nan,)))
+
+    tm.train(env, config, seed=seed, callback=callback)
+    return " ".join(f"{name}={value}" for name, value in config._asdict().items())
+
+
+ZOO = {  # the settings of rl-baselines3-zoo, hyperparams/trpo.yml
+    "n_steps": 1024, "batch_size": 128, "gamma": 0.99, "gae_lambda": 0.95, "sub_sampling_factor": 1,
+    "cg_max_steps": 25, "cg_damping": 0.1, "n_critic_updates": 20, "learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def learn_sb3(env, settings, seed, total_steps, every, report):
+    from sb3_contrib import TRPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    settings = ZOO | ({"target_kl": 0.04} if env.startswith("HalfCheetah") else {}) | settings
+    envs = VecNormalize(make_vec_env(env, 2, seed=seed), gamma=settings["gamma"])
+    test, due = gym.make(env), [every]
+
+    class Report(BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps >= due[0]:
+                self.due()
+
+        def _on_step(self):
+            return True
+
+        def due(self):
+            due[0] += every
+            training = [episode["r"] for episode in self.model.ep_info_buffer]
+            result = play(lambda obs: model.predict(envs.normalize_obs(obs), deterministic=True)[0], test, 1000 + seed)
+            report(self.num_timesteps, result, np.mean(training))
+
+    model, callback = TRPO("MlpPolicy", envs, seed=seed, device="cpu", **settings), Report()
+    model.learn(total_steps, callback=callback)
+    callback.due()
+    return " ".join(f"{name}={value}" for name, value in (settings | {"n_envs": 2, "normalize": True}).items())
+
+
+def learn_one(who, settings, env, seed, total_steps, every, path):
+    """One run: a row for each evaluation, appended as it is made; at the end a row about the run."""
+    start, key = time.perf_counter(), [who, settings, env, seed]
+
+    def append(path, header, row):
+        with open(path, "a", newline="") as file:  # one write: rows of two processes do not mix
+            text = io.StringIO()
+            csv.writer(text).writerows([header, row] if file.tell() == 0 else [row])
+            file.write(text.getvalue())
+
+    def report(steps, result, training_return):
+        seconds = time.perf_counter() - start
+        append(path, ROW, [*key, steps, *result, round(float(training_return), 3), round(seconds, 1)])
+
+    overrides = {name: ast.literal_eval(value) for name, value in (each.split("=") for each in settings.split())}
+    run = {"ours": learn_ours, "sb3-contrib": learn_sb3}[who]
+    config = run(env, overrides, seed, total_steps, every, report)
+    runs = path.with_name(path.stem + "_runs.csv")
+    append(runs, [*ROW[:4], "total_steps", "config", "versions"], [*key, total_steps, config, machine()])
+
+
 def learn(args):
-    """Train once a seed and append a row each; then the mean and the spread over the seeds."""
-    path, rows = scratch() / "learn.csv" if args.quick else args.out or RESULTS / "learn.csv", []
-    total_steps = 5000 if args.quick else args.total_steps
-    config = tm.Config(total_steps=total_steps, stop_when_solved=args.stop_when_solved)
-    for seed in range(2 if args.quick else args.seeds):
-        start = time.perf_counter()
-        state = tm.train(args.env, config, seed=seed)
-        row = {
-            "env": args.env,
-            "seed": seed,
-            "steps": state.steps,
-            "episodes": state.episodes,
-            "solved": state.solved,
-            "return": round(float(np.mean(state.returns)), 2),
-            "seconds": round(time.perf_counter() - start, 1),
-            "config": " ".join(f"{k}={v}" for k, v in config._asdict().items()),
-            "versions": machine(),
-        }
-        new = not path.exists()
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        rows.append(row)
-        print(
-            f"{args.env} seed {seed}: return {row['return']} after {row['steps']:,} steps, {row['seconds']} s",
-            flush=True,
+    """Train seeds on each environment, with evaluations of 10 deterministic episodes; goes on where it stopped."""
+    path = scratch() / "learn.csv" if args.quick else args.out or RESULTS / "learn.csv"
+    envs, total_steps = args.env or list(PUBLISHED), 4000 if args.quick else args.total_steps
+    key, done = (args.who, " ".join(args.set)), set()
+    runs = path.with_name(path.stem + "_runs.csv")
+    if runs.exists():
+        done = {(row["who"], row["settings"], row["env"], int(row["seed"])) for row in read_csv(runs)}
+    jobs = [(*key, env, seed) for seed in range(args.seeds) for env in envs if (*key, env, seed) not in done]
+    if path.exists():  # what a run left that was cut short
+        rows = [r for r in read_csv(path) if (r["who"], r["settings"], r["env"], int(r["seed"])) not in jobs]
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([ROW, *([row[name] for name in ROW] for row in rows)])
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        every = 2000 if args.quick else args.every
+        for each in [pool.submit(learn_one, *job, total_steps, every, path) for job in jobs]:
+            each.result()
+    summarize(read_csv(path))
+    if args.plot:
+        draw_learn(read_csv(path))
+
+
+def grouped(rows):
+    """{(env, who and settings): {seed: (steps, returns)}}."""
+    curves = {}
+    for row in rows:
+        label = f"{row['who']} {row['settings']}".strip()
+        curves.setdefault((row["env"], label), {}).setdefault(int(row["seed"]), []).append(
+            (int(row["steps"]), float(row["return"]))
         )
-    returns, steps = ([row[k] for row in rows] for k in ("return", "steps"))
-    solved = sum(row["solved"] for row in rows)
-    spread = np.std(returns, ddof=1) if len(rows) > 1 else np.nan
-    print(f"{args.env}: last 100 episodes {np.mean(returns):.1f} +- {spread:.1f} (n={len(rows)}, min {min(returns)})")
-    print(f"  solved {solved}/{len(rows)}; steps: median {np.median(steps):,.0f}, largest {max(steps):,}")
+    return {key: {seed: np.array(run).T for seed, run in runs.items()} for key, runs in curves.items()}
+
+
+def summarize(rows):
+    """Final and largest evaluation, mean and deviation over seeds; interquartile mean of the final, 95% interval."""
+    rng = np.random.default_rng(0)
+    print(f"{'':54}seeds  final: mean +- deviation, interquartile mean (95%)    largest over training")
+    for (env, label), runs in sorted(grouped(rows).items()):
+        final, best = (np.array([f(returns) for _, returns in runs.values()]) for f in (lambda r: r[-1], np.max))
+        middle = scipy.stats.trim_mean(rng.choice(final, (10_000, len(final))), 0.25, axis=1)
+        low, high = np.percentile(middle, [2.5, 97.5])
+        sd = [np.std(x, ddof=1) if len(x) > 1 else np.nan for x in (final, best)]
+        print(
+            f"{env:26}{label:28}{len(final):5}  {final.mean():8.1f} +- {sd[0]:6.1f}, "
+            f"{scipy.stats.trim_mean(final, 0.25):8.1f} ({low:.1f} to {high:.1f})   {best.mean():8.1f} +- {sd[1]:6.1f}"
+        )
+
+
+def draw_learn(rows):
+    """results/learn.png: for each environment the evaluations of ours and of sb3-contrib, and the best published."""
+    curves = grouped(row for row in rows if row["env"] in PUBLISHED)
+    figure, axes = figures(3, 3, figsize=(13, 10))
+    for axis, (env, published) in zip(axes.flat, PUBLISHED.items(), strict=True):
+        for (_, label), colour in zip([key for key in curves if key[0] == env], COLOURS, strict=False):
+            runs = list(curves[env, label].values())
+            n = min(len(returns) for _, returns in runs)
+            steps, returns = runs[0][0][:n], np.stack([each[:n] for _, each in runs])
+            axis.plot(steps, returns.mean(axis=0), color=colour, label=f"{label}, {len(runs)} seeds")
+            spread = returns.std(axis=0)
+            axis.fill_between(
+                steps, returns.mean(axis=0) - spread, returns.mean(axis=0) + spread, color=colour, alpha=0.2
+            )
+        axis.axhline(published, color="black", linewidth=0.8, linestyle="--", label="best published")
+        axis.set(title=env, xlabel="environment steps", ylabel="return of 10 deterministic episodes")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.savefig(RESULTS / "learn.png", dpi=110)
 
 
 # ======================================================================================== kinds of environments; soak
@@ -803,7 +939,12 @@ ENVIRONMENTS = (  # environment, its arguments, steps, what it is
     ("InvertedPendulum-v5", {}, 150_000, "MuJoCo"),
     ("Match-v0", {"actions": "MultiDiscrete"}, 30_000, "custom: Dict observations, MultiDiscrete actions; best 20"),
     ("Match-v0", {"actions": "MultiBinary"}, 30_000, "custom: Dict observations, MultiBinary actions; best 40"),
-    ("flappy_bird_gymnasium:FlappyBird-v0", {}, 300_000, "third party: pip install flappy-bird-gymnasium"),
+    (
+        "flappy_bird_gymnasium:FlappyBird-v0",
+        {"use_lidar": False},
+        100_000,
+        "third party: pip install flappy-bird-gymnasium",
+    ),
 )
 
 
@@ -1130,11 +1271,15 @@ def main():
         if run is solve:
             command.add_argument("--seeds", type=int, default=10, help="seeds 0 to N - 1 (default: 10)")
     command = commands.add_parser("learn", help=learn.__doc__)
-    command.add_argument("env", help="Gymnasium id")
+    command.add_argument("env", nargs="*", help="Gymnasium ids (default: nine of MuJoCo)")
     command.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
-    command.add_argument("--total-steps", type=int, default=200_000, help="environment steps (default: 200,000)")
-    command.add_argument("--stop-when-solved", action="store_true", help="stop at the reward threshold")
+    command.add_argument("--total-steps", type=int, default=1_000_000, help="environment steps (default: 1,000,000)")
+    command.add_argument("--every", type=int, default=50_000, help="steps between evaluations (default: 50,000)")
+    command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
+    command.add_argument("--who", choices=["ours", "sb3-contrib"], default="ours", help="whose TRPO (default: ours)")
+    command.add_argument("--workers", type=int, default=2, help="processes; give each one thread (default: 2)")
     command.add_argument("--out", type=Path, help="CSV to append to (default: results/learn.csv)")
+    command.add_argument("--plot", action="store_true", help="draw results/learn.png too")
     command.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
     command.set_defaults(run=learn)
     command = commands.add_parser("sampling", help=sampling.__doc__)

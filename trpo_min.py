@@ -147,6 +147,7 @@ class Config(NamedTuple):
 
     hidden: Annotated[tuple[int, ...], "[1, inf)", "widths of the hidden layers of both networks, units"] = (64, 64)
     dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
+    init_std: Annotated[float, "(0, inf)", "first deviation of Gaussian actions, in halves of their range"] = 0.37
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[int, "[1, inf)", "environments stepped together"] = 4
@@ -804,12 +805,14 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
 
 # =========================================================================== the policy as a function of its parameters
 @_one_blas_thread()
-def init_params(policy, rng, dtype=np.float64):
-    """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0, log_std 0 (sigma = 1).
+def init_params(policy, rng, dtype=np.float64, *, init_std=1.0):
+    """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0; sigma is init_std times half
+    the range of the action, or init_std itself where it has no bounds, or some of a million and more.
 
     Orthogonal: Saxe et al. 2014.  A small last layer makes the first policy the same in every state.
     """
     _check_policy(policy)
+    _check_number("init_std", init_std, float, "(0, inf)")
     theta = np.zeros(n_params(policy), dtype)
     sizes = np.array(policy.sizes)
     for layer in range(len(sizes) - 1):
@@ -817,6 +820,9 @@ def init_params(policy, rng, dtype=np.float64):
         q, r = scipy.linalg.qr(rng.standard_normal((max(W.shape), min(W.shape))), mode="economic")
         q *= np.sign(np.diag(r))  # makes q uniform over the orthogonal matrices
         W[:] = (q if W.shape[0] >= W.shape[1] else q.T) * (0.01 if layer == len(sizes) - 2 else 1.0)
+    half_range = np.array(policy.high) / 2 - np.array(policy.low) / 2 if policy.high else np.ones(1)
+    bounded = (half_range > 0) & (half_range < 1e6)
+    theta[_n_weights(policy) :] = np.log(init_std * np.where(bounded, half_range, 1.0))
     return theta
 
 
@@ -1554,7 +1560,8 @@ class TrainState(NamedTuple):
 def init_state(env, policy, config, seed, env_args=None):
     """The TrainState before the first step."""
     rng, value = np.random.default_rng(seed), _value_network(policy)
-    theta, phi = (init_params(net, rng, np.dtype(config.dtype)) for net in (policy, value))
+    dtype = np.dtype(config.dtype)
+    theta, phi = init_params(policy, rng, dtype, init_std=config.init_std), init_params(value, rng, dtype)
     empty = [RunningStats(0.0, np.zeros(n), np.zeros(n)) for n in (policy.sizes[0], 1)]
     return TrainState(env, env_args or {}, seed, config, policy, theta, value, phi, *empty, rng.bit_generator.state)
 
@@ -1871,7 +1878,6 @@ def _start_folder(out, state):
 def _cut_progress(out, updates):
     """Cuts off the rows after so many updates, which a process wrote that was killed before the checkpoint."""
     path = out / "progress.csv"
-    path.touch()
     lines = path.read_bytes().splitlines(keepends=True)
     for n, line in enumerate(lines):
         number = line.split(b",")[0]
