@@ -2354,7 +2354,7 @@ def test_an_environment_may_be_an_id_or_an_env_or_a_vector_env_or_a_callable():
         lambda: gym.make("CartPole-v1"),
     ):
         state = tm.train(env, config)
-        assert 64 <= state.steps <= 66
+        assert 61 < state.steps <= 64
         assert state.env == "CartPole-v1"
 
 

@@ -1755,8 +1755,9 @@ def _replacing(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # what the user knows of
-        raise
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a name that the user knows
     finally:
         part.unlink(missing_ok=True)
 
