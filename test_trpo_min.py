@@ -1692,7 +1692,7 @@ def test_the_discounted_return_that_scales_rewards_starts_anew_with_each_episode
 
 def test_actions_are_stored_as_sampled_and_the_environment_gets_the_clipped_copy():
     envs = counters(3, AutoresetMode.SAME_STEP)
-    state, runner = start(envs)
+    state, runner = start(envs, tm.Config(hidden=(), init_std=1.0))
     rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 40)
     assert (np.abs(rollout.actions) > 1).any()
     sent = np.stack([env.seen for env in envs.envs], axis=1)
@@ -2992,7 +2992,10 @@ def test_a_signal_while_a_checkpoint_is_written_does_not_stop_the_writing(tmp_pa
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_a_run_after_the_update_and_saves_it(tmp_path, name):
     command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Pendulum-v1", "--out", "here"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    )  # fmt: skip
     while "  return " not in process.stdout.readline():  # trains by now
         assert process.poll() is None, process.stderr.read()
     process.send_signal(getattr(signal, name))
@@ -3019,16 +3022,19 @@ def test_a_second_signal_interrupts_a_long_update_and_still_saves(tmp_path):
 
 
 def test_any_second_signal_interrupts_and_an_ignored_one_stays_ignored():
-    old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with tm._signals_noted() as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-    signal.signal(signal.SIGTERM, old)
+        os.kill(os.getpid(), signal.SIGINT)
     assert signals == []
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tm._signals_noted() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signals == [signal.SIGTERM]
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("output", ["| true", "> /dev/full", ">&-"])
