@@ -2231,14 +2231,25 @@ def _old_run(given, settings):
     return envs, start, out
 
 
+def _save_what_there_is(state, start, out):
+    """After an error: where the state is, in words; without an update ever, the folder goes."""
+    if state.updates > start.updates:
+        return f"; the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
+    if state.updates == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty, or not made here
+            Path("runs").rmdir()
+    return ""
+
+
 def _run_train(given):
-    begin, resumed = time.perf_counter(), "resume" in given
+    begin = time.perf_counter()
     settings = {name: _tuple(value) for name, value in given.items() if name in _FIELDS}
-    envs, start, out = (_old_run if resumed else _new_run)(given, settings)
+    envs, start, out = (_old_run if "resume" in given else _new_run)(given, settings)
     with contextlib.closing(envs), contextlib.ExitStack() as stack, _signals_noted() as signals:
+        (out / "progress.csv").touch()
+        _lock(out, stack)
         try:
-            (out / "progress.csv").touch()
-            _lock(out, stack)
             for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
                 part.unlink()
             _cut_progress(out, start.updates)
@@ -2254,13 +2265,7 @@ def _run_train(given):
                 raise ValueError(f"no update is left to do after {start.steps:,} steps: to go on, give {more}")
         except BaseException as error:
             stack.close()
-            state = getattr(error, "state", start)
-            if state.updates > start.updates:
-                error.fate = f"the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
-            elif not resumed:
-                shutil.rmtree(out, ignore_errors=True)
-                with contextlib.suppress(OSError):  # not empty, or not made here
-                    Path("runs").rmdir()
+            error.fate = _save_what_there_is(getattr(error, "state", start), start, out)
             if signals and isinstance(error, KeyboardInterrupt):
                 error.code = 128 + signals[0]
             raise
@@ -2319,8 +2324,7 @@ def main(argv=None):
         code = 2 if expected else 1
         if isinstance(error, KeyboardInterrupt):
             what, code = "interrupted", getattr(error, "code", 128 + signal.SIGINT)
-        fate = f"; {error.fate}" if hasattr(error, "fate") else ""
-        print(f"trpo_min: {' '.join(what.split())}{fate}", file=sys.stderr)
+        print(f"trpo_min: {' '.join(what.split())}{getattr(error, 'fate', '')}", file=sys.stderr)
         return code
 
 
