@@ -2937,7 +2937,7 @@ def shell(tmp_path, *argv):
         (["--env", "CartPole-v1", "--episodes", "3"], "--episodes does not go with --env"),
         (["--env", "CartPole-v1", "--out", "/dev/null/here"], "/dev/null"),
         (["--resume", "here", "--gamma", "0.9"], "--gamma does not go with --resume, which keeps the settings"),
-        (["--resume", "here"], "here/checkpoint.npz"),
+        (["--resume", "here"], "here is not the folder of a run"),
         (["--eval", "here"], "here"),
         (["--eval", "here", "--max-kl", "0.1"], "--max-kl does not go with --eval"),
         (["--eval", "here", "--episodes", "0"], "--episodes must be at least 1, got 0"),
@@ -3159,6 +3159,22 @@ def test_nothing_that_a_folder_holds_is_overwritten(run_folder, tmp_path, capsys
     assert os.listdir(other) == ["thesis.tex"]
 
 
+def test_an_error_before_the_first_update_takes_nothing_away_but_what_the_run_made(run_folder, tmp_path, capsys):
+    (run_folder / "notes.txt").write_text("mine")
+    start = tm.load(run_folder)
+    tm.save(start._replace(updates=0, steps=0, solved=True), run_folder / "checkpoint.npz")
+    before = contents(run_folder)
+    assert tm.main(["--resume", str(run_folder), "--stop-when-solved", "--quiet"]) == 2
+    after = contents(run_folder)
+    assert after.keys() == before.keys() and after["checkpoint.npz"] == before["checkpoint.npz"]
+    assert after["config.json"] == before["config.json"]
+    for name in ("pend.npz", "checkpoint.txt"):
+        tm.save(start, run_folder / name)
+        assert tm.main(["--resume", str(run_folder / name)]) == 2
+    assert tm.main(["--env", "CartPole-v1", "--total-steps", "3", "--out", str(tmp_path / "new"), "--quiet"]) == 2
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_state_is_not_trained_on_with_other_spaces_or_another_network(trained):
     config = trained.config._replace(total_steps=10_000)
     for env, changes in (("Acrobot-v1", {}), ("CartPole-v1", {"hidden": (9,)}), ("CartPole-v1", {"dtype": "float32"})):
@@ -3186,7 +3202,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_resume_and_eval_in_one_sen
         assert tm.main(argv) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
         after = contents(run_folder)
-        assert after.keys() == before.keys() and after["checkpoint.npz"] == before["checkpoint.npz"]
+        assert after == before
 
 
 def test_a_resume_drops_the_rows_that_the_checkpoint_does_not_know_of_and_a_line_cut_short(run_folder):
@@ -3198,9 +3214,10 @@ def test_a_resume_drops_the_rows_that_the_checkpoint_does_not_know_of_and_a_line
         main("--resume", run_folder, "--total-steps", 192, "--quiet")
         updates = [row["update"] for row in tm.read_progress(run_folder)]
         assert updates == [*range(11 - len(text[1:]), 11), 11, 12]
-    table.write_text("update,steps\n1,x\n")
-    with pytest.raises(ValueError, match=r"progress.csv is not what trpo_min wrote"):
-        tm.read_progress(run_folder)
+    for text in ("\n", "update,steps\n1,2\n", lines[0] + lines[1].replace("1,16", "1,x"), "".join(lines[1:])):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=r"progress.csv is not what trpo_min wrote"):
+            tm.read_progress(run_folder)
 
 
 def test_a_run_is_resumed_by_one_process_at_a_time_by_its_folder_or_checkpoint(run_folder, capsys):
@@ -3224,7 +3241,8 @@ def test_a_run_killed_at_any_moment_loads_and_resumes_with_every_finished_update
     for _ in range(KILLS):
         known = (out / "checkpoint.npz").stat().st_mtime_ns if out.exists() else None  # until that changes, it starts
         argv = ["--resume", out, "--quiet"] if out.exists() else ["--env", "CartPole-v1", *quick]
-        process = subprocess.Popen([sys.executable, HERE / "trpo_min.py", *map(str, argv)], stderr=subprocess.PIPE)
+        command = [sys.executable, HERE / "trpo_min.py", *map(str, argv)]
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
         while not (out / "checkpoint.npz").exists() or (out / "checkpoint.npz").stat().st_mtime_ns == known:
             assert process.poll() is None, process.stderr.read()
         time.sleep(rng.uniform(0, 0.2))

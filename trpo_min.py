@@ -38,7 +38,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -1842,11 +1841,15 @@ def progress_row(state, info, explained, steps_per_second, seconds):
 
 def read_progress(out):
     """The rows of a run's progress.csv as numbers."""
+    path = out / "progress.csv"
     try:
-        with open(out / "progress.csv", newline="") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        with open(path, newline="") as file:
+            table = csv.DictReader(file)
+            if path.stat().st_size and not {"update", "return_mean", "seconds"} <= set(table.fieldnames or ()):
+                raise ValueError("its first line does not name the columns")
+            return [{name: float(value) for name, value in row.items()} for row in table]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{out / 'progress.csv'} is not what trpo_min wrote: {error}") from error
+        raise ValueError(f"{path} is not what trpo_min wrote: {error}") from error
 
 
 def _add_progress(out, row):
@@ -1867,13 +1870,31 @@ def _write_config(out, state):
         file.write(json.dumps(record | {"versions": versions}, indent=2).encode() + b"\n")
 
 
-def _start_folder(out, state):
-    """Makes a run's folder, the checkpoint first; ValueError if it holds anything already."""
+def _lock(out, stack):
+    """ValueError if another process has the run; nothing where there are no locks, as on Windows."""
+    (out / "progress.csv").touch()
+    file = stack.enter_context(open(out / "progress.csv", "rb"))  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{out} is in use by another process") from error
+    except (ImportError, OSError):
+        pass
+
+
+def _start_folder(out, state, stack):
+    """Makes a run's folder, and has it locked; ValueError if it holds anything already."""
     out.mkdir(parents=True, exist_ok=True)
-    if any(not path.name.endswith(".tmp") for path in out.iterdir()):
+    if any(out.iterdir()):
         resume = f", or --resume {out}" if (out / "checkpoint.npz").exists() else ""
         raise ValueError(f"{out} is not empty, and is not overwritten: choose another --out{resume}")
+    _lock(out, stack)
+    if (out / "checkpoint.npz").exists():  # by now
+        raise ValueError(f"{out} is in use by another process")
     save(state, out / "checkpoint.npz")
+    _write_config(out, state)
 
 
 def _cut_progress(out, updates):
@@ -1885,18 +1906,6 @@ def _cut_progress(out, updates):
         if not line.endswith(b"\n") or (number.isdigit() and int(number) > updates):
             os.truncate(path, sum(map(len, lines[:n])))
             return
-
-
-def _lock(out, stack):
-    """ValueError if another process has the run; on Windows, where there is no flock, nothing."""
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        try:
-            file = stack.enter_context(open(out / "progress.csv", "rb"))  # noqa: SIM115
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out} is in use by another process") from error
 
 
 def _rescue(state, out):
@@ -2198,6 +2207,8 @@ def _recorder(out, start, reports, signals):
         now = time.perf_counter()
         row = progress_row(state, info, explained, (state.steps - last[1]) / (now - last[0]), now - begin)
         last[:] = now, state.steps
+        if state.updates == start.updates + 1:
+            _write_config(out, start)
         _add_progress(out, row)  # first: resuming drops a row that checkpoint.npz does not know of
         save(state, out / "checkpoint.npz")
         for report in reports:
@@ -2207,69 +2218,73 @@ def _recorder(out, start, reports, signals):
     return callback
 
 
-def _new_run(given, settings):
+def _new_run(given, settings, stack):
     """The environments, the TrainState to start from, and its folder, of --env."""
     config, name, env_args, seed = Config(**settings), given["env"], given.get("env_args", {}), given.get("seed", 0)
     check_config(config)
-    envs, _ = _make_envs(name, config, **env_args)
+    envs = stack.enter_context(contextlib.closing(_make_envs(name, config, **env_args)[0]))
     policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
     start, now = init_state(name, policy, config, seed, env_args), datetime.datetime.now()
     run = f"{name.replace('/', '-').replace(':', '-')}-{now:%Y%m%d-%H%M%S.%f}-seed{seed}"
     out = given.get("out", Path("runs") / run)
-    _start_folder(out, start)
+    _start_folder(out, start, stack)
     return envs, start, out
 
 
-def _old_run(given, settings):
+def _old_run(given, settings, stack):
     """The same of --resume."""
     out = given["resume"]
-    out = out.parent if out.is_file() else out
-    start = load(out / "checkpoint.npz")
+    if out.is_file() and out.name == "checkpoint.npz":
+        out = out.parent
+    if not out.is_dir():
+        raise ValueError(f"{out} is not the folder of a run")
+    load(out)
+    _lock(out, stack)
+    start = load(out)  # again, as another process may have had it until now
     start = start._replace(config=start.config._replace(**settings))
     check_config(start.config)
-    envs, _ = _make_envs(start.env, start.config, **start.env_args)
+    envs = stack.enter_context(contextlib.closing(_make_envs(start.env, start.config, **start.env_args)[0]))
+    for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
+        part.unlink()
+    _cut_progress(out, start.updates)
     return envs, start, out
 
 
-def _save_what_there_is(state, start, out):
-    """After an error: where the state is, in words; without an update ever, the folder goes."""
+def _save_what_there_is(state, start, out, resumed):
+    """After an error: where the state is, in words; of a new run without an update nothing stays."""
     if state.updates > start.updates:
         return f"; the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
-    if state.updates == 0:
-        shutil.rmtree(out, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty, or not made here
-            Path("runs").rmdir()
+    if not resumed:
+        with contextlib.suppress(OSError):
+            for path in (*out.glob("events.*"), *(out / name for name in ("config.json", "progress.csv"))):
+                path.unlink(missing_ok=True)
+            (out / "checkpoint.npz").unlink(missing_ok=True)
+            out.rmdir()
+            Path("runs").rmdir()  # if it is empty
     return ""
 
 
 def _run_train(given):
-    begin = time.perf_counter()
+    begin, resumed = time.perf_counter(), "resume" in given
     settings = {name: _tuple(value) for name, value in given.items() if name in _FIELDS}
-    envs, start, out = (_old_run if "resume" in given else _new_run)(given, settings)
-    with contextlib.closing(envs), contextlib.ExitStack() as stack, _signals_noted() as signals:
-        (out / "progress.csv").touch()
-        _lock(out, stack)
+    with contextlib.ExitStack() as stack, _signals_noted() as signals:
+        envs, start, out = (_old_run if resumed else _new_run)(given, settings, stack)
         try:
-            for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
-                part.unlink()
-            _cut_progress(out, start.updates)
-            _write_config(out, start)
-            reports = [_tensorboard(out, start, stack)] if given.get("tensorboard") else []
-            if not given["quiet"]:
-                _say(_header(envs, start, given))
-                reports.append(_progress(start, stack))
-                stack.enter_context(_compile_notice())
-            state = train(envs, start.config, state=start, callback=_recorder(out, start, reports, signals))
+            with contextlib.ExitStack() as shown:
+                reports = [_tensorboard(out, start, shown)] if given.get("tensorboard") else []
+                if not given["quiet"]:
+                    _say(_header(envs, start, given))
+                    reports.append(_progress(start, shown))
+                    shown.enter_context(_compile_notice())
+                state = train(envs, start.config, state=start, callback=_recorder(out, start, reports, signals))
             if state.updates == start.updates and not signals:
                 more = "--no-stop-when-solved" if state.solved else "a larger --total-steps"
                 raise ValueError(f"no update is left to do after {start.steps:,} steps: to go on, give {more}")
         except BaseException as error:
-            stack.close()
-            error.fate = _save_what_there_is(getattr(error, "state", start), start, out)
+            error.fate = _save_what_there_is(getattr(error, "state", start), start, out, resumed)
             if signals and isinstance(error, KeyboardInterrupt):
                 error.code = 128 + signals[0]
             raise
-        stack.close()
         mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
         _say(
             f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {state.env}: mean return {mean:.5g} "
@@ -2290,11 +2305,13 @@ def _run_eval(given):
         with _needs("moviepy", "video"):
             import moviepy  # noqa: F401
     env = _make_env(state.env, **state.env_args | given.get("env_args", {}) | mode)
+    if video and "rgb_array" not in env.metadata.get("render_modes", ()):
+        raise ValueError(f"{state.env} cannot be recorded: it has no render mode rgb_array")
     if video:
         env = gym.wrappers.RecordVideo(env, str(video), episode_trigger=lambda _: True)
     with contextlib.closing(env):
         returns, lengths = evaluate(state, env, given.get("episodes", 20), given.get("seed", 0))
-    print(
+    _say(
         f"{state.env}, {len(returns)} episodes: return {returns.mean():.1f} +- {returns.std():.1f}, "
         f"from {returns.min():.1f} to {returns.max():.1f}; length {lengths.mean():.1f}, "
         f"from {lengths.min()} to {lengths.max()}" + (f"; recorded in {video}" if video else "")
@@ -2305,7 +2322,7 @@ def _run_eval(given):
 def _run_plot(given):
     path = given.get("out", Path("learning_curves.png"))
     plot(given["plot"], path)
-    print(f"drawn in {path}")
+    _say(f"drawn in {path}")
     return 0
 
 
