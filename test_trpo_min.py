@@ -3525,6 +3525,17 @@ def test_an_environment_that_misbehaves_is_learned_from_or_named_with_what_was_l
     assert np.isfinite(state.theta).all() and np.isfinite(state.phi).all()
 
 
+def test_a_float32_step_whose_kl_is_above_max_kl_by_a_rounding_is_refused(monkeypatch):
+    """0.1 rounded to float32 is above 0.1, and equal to it where the comparison is in float32."""
+    case = fixed_case()
+    theta, obs = case.theta.astype(np.float32), case.obs.astype(np.float32)
+    mu = tm.forward(case.policy, theta, obs)
+    batch = tm.Batch(obs, tm.sample(case.policy, mu, case.rng), case.rng.normal(size=len(obs)), mu)
+    assert tm.trpo_update(case.policy, theta, batch, tm.Config(max_kl=0.1))[1].accepted
+    monkeypatch.setattr(tm, "kl", lambda policy, old, new: np.full(len(new), 0.1, np.float32))
+    assert not tm.trpo_update(case.policy, theta, batch, tm.Config(max_kl=0.1))[1].accepted
+
+
 # The figures in the README are of HYPOTHESIS_PROFILE=fuzz, 100,000 cases.
 extremes = st.sampled_from([0.0, 1e-300, 1e-30, 1.0, 1e30, 1e300])
 

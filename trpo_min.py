@@ -1055,7 +1055,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
 
 
 @_one_blas_thread()
-@np.errstate(all="ignore")
+@np.errstate(all="ignore")  # as in trpo_update
 def fit_value(value, phi, obs, returns, config=Config()):
     """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
 
