@@ -8,8 +8,11 @@ bound on the absolute values that are added up (tolerance below), so they follow
 import contextlib
 import copy
 import fcntl
+import functools
+import importlib.util
 import io
 import json
+import operator
 import os
 import re
 import shutil
@@ -21,6 +24,7 @@ import termios
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -2345,6 +2349,14 @@ def test_a_callable_that_makes_the_same_environment_again_is_refused():
         tm.train(lambda: env)
 
 
+def test_environments_in_processes_of_their_own_give_the_bits_of_those_in_this_one():
+    config = tm.Config(total_steps=2000, num_envs=3)
+    here, there = (tm.train("CartPole-v1", config._replace(vector=vector), seed=2) for vector in ("sync", "async"))
+    assert same(here._replace(config=None), there._replace(config=None))
+    with pytest.raises(ValueError, match="id or a callable"):
+        tm.train(gym.make("CartPole-v1"), config._replace(vector="async"))
+
+
 def test_an_environment_may_be_an_id_or_an_env_or_a_vector_env_or_a_callable():
     config = tm.Config(hidden=(3,), total_steps=64, rollout_steps=32, num_envs=2)
     for env in (
@@ -3291,6 +3303,273 @@ def test_a_folder_that_can_no_longer_be_written_to_ends_the_run_with_its_state_s
     assert state.updates >= 4 and f"{state.steps:,} steps" in sentence
     main("--resume", tmp_path / folder, "--total-steps", state.steps + 32, "--quiet")
     assert tm.load(tmp_path / folder).updates == state.updates + 2
+
+
+# ============================================================================= several ranks: one update, on MPI or not
+class Ranks:
+    """A communicator like mpi4py's whose ranks are threads of this process; it notes the size of what is sent."""
+
+    def __init__(self, n):
+        self.size, self.barrier, self.slots, self.local = n, threading.Barrier(n), [None] * n, threading.local()
+        self.sent = []
+
+    @property
+    def rank(self):
+        return self.local.rank
+
+    def allgather(self, x):
+        self.slots[self.rank] = x
+        self.barrier.wait(60)
+        gathered = list(self.slots)
+        self.barrier.wait(60)
+        if self.rank == 0:
+            self.sent.append(np.size(x))
+        return gathered
+
+    def allreduce(self, x, op=operator.add):
+        return functools.reduce(op, self.allgather(x))
+
+    def Allreduce(self, x, total):
+        total[...] = sum(self.allgather(x))
+
+    def bcast(self, x):
+        return self.allgather(x)[0]
+
+    def run(self, work):
+        """[work(rank)] of all ranks; or what one of them raised."""
+
+        def one(rank):
+            self.local.rank = rank
+            try:
+                return work(rank)
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with tm.data_parallel(self), ThreadPoolExecutor(self.size) as pool:
+            futures = [pool.submit(one, rank) for rank in range(self.size)]
+        errors = [future.exception() for future in futures]
+        for error in errors:
+            if error and not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        return [future.result() for future in futures]
+
+
+@st.composite
+def shares(draw, n, most=3):
+    """Slices that give each of up to so many ranks some of n things, one at least."""
+    ranks = draw(st.integers(1, min(n, most)))
+    inner = draw(st.lists(st.integers(1, n - 1), min_size=ranks - 1, max_size=ranks - 1, unique=True)) if n > 1 else []
+    return [slice(a, b) for a, b in pairwise([0, *sorted(inner), n])]
+
+
+def part(batch, rows):
+    """Some rows of a batch; in groups, some of the groups."""
+    rows = slice(rows.start * batch.group, rows.stop * batch.group)
+    weights = batch.weights[rows] if np.ndim(batch.weights) else batch.weights
+    return tm.Batch(*(each[rows] for each in batch[:4]), weights, batch.group)
+
+
+@given(gentle(), st.integers(1, 3), st.data())
+def test_an_update_of_several_ranks_is_that_of_one_process_on_the_joined_batch(case, group, data):
+    case, batch = grouped(mild(case), group)
+    cuts = data.draw(shares(len(case.obs) // group))
+    theta, info = tm.trpo_update(case.policy, case.theta, batch)
+    results = Ranks(len(cuts)).run(
+        lambda rank: tm.trpo_update(case.policy, case.theta, part(batch, cuts[rank]), tm.Config())
+    )
+    for other, other_info in results:
+        assert other.tobytes() == results[0][0].tobytes() and str(other_info) == str(results[0][1])
+    assume(info.accepted == results[0][1].accepted)  # but for a tie, which rounding decides
+    assert np.abs(results[0][0] - theta).max() <= 1e-10 * np.abs(theta).max()
+    for name in ("kl", "kl_largest", "adv_largest", "entropy", "surrogate", "surrogate_old", "grad_norm", "curvature"):
+        assert isclose(getattr(results[0][1], name), getattr(info, name), rtol=1e-8, atol=1e-12), name
+
+
+@given(cases(), st.data())
+def test_fvp_of_several_ranks_is_that_of_all_rows(case, data):
+    v, cuts = case.rng.normal(size=case.theta.shape), data.draw(shares(len(case.obs)))
+    results = Ranks(len(cuts)).run(lambda rank: tm.fvp(case.policy, case.theta, case.obs[cuts[rank]], v, 0.1))
+    whole = tm.fvp(case.policy, case.theta, case.obs, v, 0.1)
+    assert (np.abs(results - whole) <= tolerance(case, bound_fvp(case, v))).all()
+
+
+@given(cases(heads=("value",), scales=(0.3, 1.0)), st.data())
+def test_a_value_fit_of_several_ranks_is_that_of_all_rows(case, data):
+    returns, cuts = case.rng.normal(size=len(case.obs)), data.draw(shares(len(case.obs)))
+    whole = tm.fit_value(case.policy, case.theta, case.obs, returns)
+    results = Ranks(len(cuts)).run(
+        lambda rank: tm.fit_value(case.policy, case.theta, case.obs[cuts[rank]], returns[cuts[rank]])
+    )
+    assert all(phi.tobytes() == results[0].tobytes() for phi in results)
+    errors = [np.square(tm.forward(case.policy, phi, case.obs)[:, 0] - returns).mean() for phi in (whole, results[0])]
+    assert isclose(*errors, rtol=1e-6, atol=1e-9)
+
+
+@given(st.integers(2, 3), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
+def test_an_iteration_of_several_ranks_is_that_of_one_process_with_all_of_their_environments(R, E, n_steps, seed):
+    envs = [counters(E, AutoresetMode.NEXT_STEP) for _ in range(R)]
+    config, rng = tm.Config(rollout_steps=n_steps), np.random.default_rng(seed)
+    policy = tm.make_policy(envs[0].single_observation_space, envs[0].single_action_space, (8,))
+    state = tm.init_state("Counter", policy, config, seed)
+    rollouts = []
+    for each in envs:
+        runner = tm._first_runner(each, int(rng.integers(2**31)))
+        rollouts.append(tm.collect(each, policy, state.theta, state.obs_stats, runner, rng, n_steps)[0])
+    arrays = [np.concatenate([r[k] for r in rollouts], axis=1) for k in range(9)]
+    final_at = [(t, e + rank * E) for rank, r in enumerate(rollouts) for t, e in r.final_at]
+    lists = [[each for r in rollouts for each in r[k]] for k in (11, 12, 13)]
+    last_obs = np.concatenate([r.last_obs for r in rollouts])
+    joined = tm.Rollout(*arrays, last_obs, final_at, *lists)
+    whole, _, explained = tm.learn(state, joined)
+    for other, _, other_explained in Ranks(R).run(lambda rank: tm.learn(state, rollouts[rank])):
+        for name in ("theta", "phi"):
+            mine, theirs = getattr(whole, name), getattr(other, name)
+            assert np.abs(mine - theirs).max() <= 1e-10 * np.abs(mine).max()
+        for name in ("obs_stats", "reward_stats"):
+            for mine, theirs in zip(getattr(whole, name), getattr(other, name), strict=True):
+                assert allclose(mine, theirs, 1e-12, 1e-12)
+        assert (whole.steps, whole.episodes, whole.returns) == (other.steps, other.episodes, other.returns)
+        assert isclose(explained, other_explained, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("n", [50, 500])
+def test_what_the_ranks_send_each_other_grows_with_the_parameters_and_not_with_the_rows(n):
+    """The gradient and each of 10 products F v; and a few numbers, two of them a candidate of the line search."""
+    case, ranks, config = fixed_case("gaussian", n), Ranks(2), CONFIG._replace(cg_tol=0.0)
+    batch, cuts = make_batch(case), [slice(0, 1), slice(1, n)]
+    results = ranks.run(lambda rank: tm.trpo_update(case.policy, case.theta, part(batch, cuts[rank]), config))
+    large = [size for size in ranks.sent if size > 2]
+    assert large == [len(case.theta) + 1] * 11
+    assert len(ranks.sent) - len(large) <= 7 + 2 * results[0][1].backtracks
+
+
+@pytest.mark.parametrize("sampling", ["single_path", "vine"])
+def test_ranks_train_on_rows_of_their_own_to_one_state_that_repeats_bit_for_bit(sampling, monkeypatch):
+    config = tm.Config(total_steps=3000, num_envs=2, rollout_steps=400, sampling=sampling, vine_states=4, hidden=(8,))
+    collect, rows = tm.collect, []
+
+    def noted(*args):
+        rollout, runner = collect(*args)
+        rows.append(rollout.raw_obs)
+        return rollout, runner
+
+    monkeypatch.setattr(tm, "collect", noted)
+    work = functools.partial(tm.train, "CartPole-v1", config, seed=5)
+    states = Ranks(3).run(lambda rank: work()) + Ranks(3).run(lambda rank: work())
+    assert all(same(states[0], each) for each in states)
+    assert states[0].updates > 1 and 3000 - 2 * 3 * 400 < states[0].steps <= 3000
+    assert len({each.tobytes() for each in rows[:3]}) == 3
+
+
+def test_ranks_that_come_apart_are_noticed_at_that_update(monkeypatch):
+    ranks = Ranks(2)
+    monkeypatch.setattr(tm, "fit_value", lambda value, phi, *_: phi + (ranks.rank == 1) * 1e-16 * np.arange(len(phi)))
+    with pytest.raises(RuntimeError, match="different parameters in update 1"):
+        ranks.run(lambda rank: tm.train("CartPole-v1", tm.Config(total_steps=2000, num_envs=2, hidden=(8,))))
+
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+needs_mpi = pytest.mark.skipif(
+    not (MPIRUN and importlib.util.find_spec("mpi4py")), reason='needs mpi4py and mpirun: pip install ".[mpi]"'
+)
+
+
+def mpirun(n, *argv, cwd):
+    """A process of n ranks of trpo_min.py, on however few cores and as whatever user."""
+    env = os.environ | {
+        "PYTHONPATH": f"{HERE}{os.pathsep}{cwd}",
+        "NUMBA_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+    }
+    command = [MPIRUN, "-n", n, sys.executable, HERE / "trpo_min.py", *argv]
+    return subprocess.Popen(
+        [*map(str, command)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, [line for line in err.splitlines() if line.startswith("trpo_min:")], err
+
+
+RANKS = ["--env", "CartPole-v1", "--num-envs", "2", "--rollout-steps", "96", "--hidden", "8", "--no-stop-when-solved"]
+
+
+@needs_mpi
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_run_of_several_ranks_repeats_bit_for_bit_and_goes_on_with_the_same_or_another_number(n, tmp_path):
+    for name in ("one", "two"):
+        code, out, _, err = finish(mpirun(n, *RANKS, "--total-steps", 960, "--out", name, cwd=tmp_path))
+        assert code == 0 and f"in {n} ranks of 2 environments" in out and out.count("trained CartPole-v1") == 1, err
+    one, two = (tm.load(tmp_path / name) for name in ("one", "two"))
+    assert same(one, two) and (one.steps, one.updates) == (960, 10)
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+    assert sorted(contents(tmp_path / "one")) == ["checkpoint.npz", "config.json", "progress.csv"]
+    for ranks, name in ((n, "one"), (5 - n, "two"), (1, "two")):
+        before = tm.load(tmp_path / name)
+        argv = ["--resume", name, "--total-steps", before.steps + 96]
+        assert finish(mpirun(ranks, *argv, cwd=tmp_path))[0] == 0
+        assert tm.load(tmp_path / name).updates == before.updates + 1
+        assert len(tm.read_progress(tmp_path / name)) == before.updates + 1
+
+
+FAULTY_RANK = """
+import os, gymnasium as gym, numpy as np
+class Env(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+    def __init__(self, fault): self.fault, self.n = fault, 0
+    def reset(self, *, seed=None, options=None): return np.zeros(2, np.float32), {}
+    def step(self, action):
+        self.n += 1
+        late = self.n > 200 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1"
+        if late and self.fault == "raises": raise RuntimeError("the robot fell off the table")
+        return np.full(2, np.nan if late else 0, np.float32), float(action), self.n % 20 == 0, False, {}
+gym.register("Faulty-v0", Env)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize(("fault", "message"), [("raises", "the robot fell off the table"), ("NaN", "NaN or infinity")])
+def test_a_rank_that_fails_ends_them_all_with_its_sentence_and_what_was_learned_saved(fault, message, tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY_RANK)
+    argv = ["--env", "faulty:Faulty-v0", "--env-args", json.dumps({"fault": fault}), *RANKS[2:], "--out", "run"]
+    code, _, sentences, err = finish(mpirun(2, *argv, cwd=tmp_path))
+    assert code in (1, 2) and len(sentences) == 1, err
+    assert "rank 1" in sentences[0] and message in sentences[0] and "is in run" in sentences[0]
+    assert tm.load(tmp_path / "run").updates == len(tm.read_progress(tmp_path / "run")) == 8  # of 24 steps each
+
+
+@needs_mpi
+def test_a_signal_to_mpirun_stops_all_ranks_with_what_was_learned_saved(tmp_path):
+    process = mpirun(2, *RANKS, "--total-steps", 10**7, "--out", "run", "--quiet", cwd=tmp_path)
+    while not (tmp_path / "run" / "progress.csv").exists() or len(tm.read_progress(tmp_path / "run")) < 3:
+        assert process.poll() is None, process.stderr.read()
+    process.terminate()
+    assert finish(process)[0] != 0
+    state = tm.load(tmp_path / "run")
+    assert state.updates >= 3
+    code, *_, err = finish(mpirun(2, "--resume", "run", "--total-steps", state.steps + 96, cwd=tmp_path))
+    assert code == 0 and tm.load(tmp_path / "run").updates == state.updates + 1, err
+
+
+@needs_mpi
+@pytest.mark.parametrize("argv", [["--env", "Nope-v1"], ["--env", "CartPole-v1", "--gama", "1"], ["--eval", "nothing"]])
+def test_misuse_under_mpirun_is_one_sentence_of_the_first_rank(argv, tmp_path):
+    code, _, sentences, err = finish(mpirun(2, *argv, cwd=tmp_path))
+    assert code == 2 and len(sentences) == 1 and "rank" not in sentences[0], err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_without_mpi4py_are_told_its_extra_once(rank, tmp_path):
+    script = "import sys; sys.modules['mpi4py'] = None; import trpo_min; sys.exit(trpo_min.main(['--env', 'A-v0']))"
+    result = run("-c", script, cwd=tmp_path, PMI_RANK=str(rank), PMI_SIZE="2")
+    assert result.returncode == 2 and os.listdir(tmp_path) == []
+    assert len(result.stderr.splitlines()) == 1 - rank
+    assert rank or "needs mpi4py: pip install mpi4py, or the extra mpi of trpo-min" in result.stderr
 
 
 # ============================================================================================ watching and playing

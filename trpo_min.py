@@ -140,6 +140,56 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+# ========================================================================== several processes: means over ranks (MPI)
+_ranks = None  # the mpi4py communicator of the processes that learn together; None: this one alone
+
+
+@contextlib.contextmanager
+def data_parallel(comm):
+    """In the block, trpo_update, fit_value, train and what they call are collective over the ranks of comm (mpi4py).
+
+    Each rank brings rows of its own, one or more, and the same parameters and config.  Every mean over rows is then one
+    over the rows of all ranks, so that all come to the same bits: what one process would, on all rows, but for
+    rounding.  Where one rank raises, the others wait for it: start scripts with python -m mpi4py, which ends them all.
+    """
+    global _ranks
+    before, _ranks = _ranks, comm
+    try:
+        yield
+    finally:
+        _ranks = before
+
+
+def _sum_over_ranks(x):
+    """The sum of every rank's x, an array or anything else that adds, as lists do; x itself in one process."""
+    if _ranks is None:
+        return x
+    if not isinstance(x, np.ndarray):
+        return _ranks.allreduce(x)
+    total = np.empty(x.shape)
+    _ranks.Allreduce(x.astype(np.float64), total)
+    return total
+
+
+def _mean_over_ranks(mean, n_rows):
+    """The mean over all rows, out of every rank's mean over its n_rows; in one process that mean itself."""
+    if _ranks is None:
+        return mean
+    mean = np.asarray(mean)
+    total = _sum_over_ranks(np.append(n_rows * mean.astype(np.float64), n_rows))
+    return (total[:-1] / total[-1]).reshape(mean.shape).astype(mean.dtype)[()]
+
+
+def _largest_over_ranks(x):
+    return x if _ranks is None else _ranks.allreduce(x, max)
+
+
+def _check_ranks_agree(state):
+    """RuntimeError unless all ranks have the same bits.  They differ only if code or libraries do, or memory fails."""
+    if _ranks is not None and len(set(_ranks.allgather(_digest(_arrays(state))))) > 1:
+        raise RuntimeError(f"the ranks came to different parameters in update {state.updates}: is their code the same?")
+
+
 # ================================================================================================ what is passed around
 class Config(NamedTuple):
     """All settings; each is also a command-line option.  Annotated with type, allowed interval, meaning and unit."""
@@ -150,6 +200,7 @@ class Config(NamedTuple):
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[int, "[1, inf)", "environments stepped together"] = 4
+    vector: Annotated[str, "sync async", "environments step in this process, or each in one of its own"] = "sync"
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments"] = 1024
     normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
     normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
@@ -780,6 +831,7 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
 def _fvp(theta, v, sizes, acts, m, nvec, damping):
     """F v + damping v, E4.  log_std does not see the state, so its block of F is 2 I whatever the rows."""
     Fv = _jtu(theta, v, sizes, acts, m, nvec, m) / len(m)  # the last argument, u, is not read where v is given
+    Fv = _mean_over_ranks(Fv, len(m))
     n_weights = ((sizes[:-1] + 1) * sizes[1:]).sum()
     Fv[n_weights:] = 2 * v[n_weights:]
     return Fv + float(damping) * v
@@ -900,7 +952,7 @@ def _weighted_ratio(policy, mu, batch):
 
 
 def _surrogate(policy, mu, batch):
-    return float(np.mean(_weighted_ratio(policy, mu, batch) * batch.adv))
+    return float(_mean_over_ranks(np.mean(_weighted_ratio(policy, mu, batch) * batch.adv), len(mu)))
 
 
 def surrogate(policy, theta, batch):
@@ -919,7 +971,7 @@ def _surrogate_grad(policy, theta, acts, batch):
     if batch.group > 1:  # the derivative of the normalisation
         adv = adv - _group_mean(ratio * adv, batch.group)
     per_row = ratio * adv / len(mu)
-    return _vjp(policy, theta, acts, score(policy, mu, batch.actions) * per_row[:, None])
+    return _mean_over_ranks(_vjp(policy, theta, acts, score(policy, mu, batch.actions) * per_row[:, None]), len(mu))
 
 
 @_one_blas_thread()
@@ -944,7 +996,7 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
     step_dir, cg_residual, cg_iters, status, curvature = _solve(  # E4, E5
         params, grad, *_fisher(net, params, acts), config.damping, config.cg_iters, config.cg_tol
     )
-    step = {"accepted": False, "surrogate": old, "surrogate_old": old, "step_length": 0.0, "backtracks": 0}
+    step = {"accepted": False, "kl": 0.0, "surrogate": old, "surrogate_old": old, "step_length": 0.0, "backtracks": 0}
     step |= {"curvature": curvature, "cg_iters": cg_iters, "cg_residual": cg_residual, "cg_status": CG_STATUS[status]}
     if not grad.any():
         step["reason"] = "zero gradient"
@@ -958,8 +1010,9 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
             acts_new = _activations(candidate, sizes, obs)
             mu = _outputs(net, candidate, acts_new)
             moved = divergence(mu)
-            if moved.mean(dtype=np.float64) <= radius and (new := objective(mu)) > old:  # neither is so for NaN
-                step |= {"accepted": True, "reason": "accepted", "surrogate": new}
+            mean = float(_mean_over_ranks(moved.mean(dtype=np.float64), n_rows))
+            if mean <= radius and (new := objective(mu)) > old:  # neither is so for NaN
+                step |= {"accepted": True, "reason": "accepted", "surrogate": new, "kl": mean}
                 return candidate, acts_new, moved, step | {"step_length": float(step_length), "backtracks": j}
         step["reason"] = f"none of {config.max_backtracks} candidates was inside the trust region and better"
         step["backtracks"] = config.max_backtracks
@@ -977,10 +1030,10 @@ def trpo_update(policy, theta, batch, config=Config()):
     """
     check_config(config)
     theta, batch = _check_batch(policy, theta, batch)
-    scale = float(np.abs(batch.weights * batch.adv).max()) or 1.0
+    scale = _largest_over_ranks(float(np.abs(batch.weights * batch.adv).max())) or 1.0
     if scale == np.inf:
         raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
-    adv_largest = float(np.abs(batch.adv).max())
+    adv_largest = _largest_over_ranks(float(np.abs(batch.adv).max()))
     batch = batch._replace(adv=batch.adv / scale)  # the step is the same; squares of the gradient cannot overflow
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
@@ -994,10 +1047,9 @@ def trpo_update(policy, theta, batch, config=Config()):
     )
     in_units = {name: step[name] * scale for name in ("surrogate", "surrogate_old", "cg_residual")}
     return theta, UpdateInfo(
-        kl=float(kl_rows.mean(dtype=np.float64)),
-        kl_largest=float(kl_rows.max()),
+        kl_largest=_largest_over_ranks(float(kl_rows.max())),
         adv_largest=adv_largest,
-        entropy=float(entropy(policy, _outputs(policy, theta, acts)).mean()),
+        entropy=float(_mean_over_ranks(entropy(policy, _outputs(policy, theta, acts)).mean(), len(kl_rows))),
         grad_norm=float(np.linalg.norm(grad.astype(np.float64))) * scale,
         **step | in_units,
     )
@@ -1072,11 +1124,11 @@ def fit_value(value, phi, obs, returns, config=Config()):
     acts = _activations(phi, np.array(value.sizes), obs)
 
     def objective(new):
-        return -float(np.mean(np.square(returns - new)))
+        return -float(_mean_over_ranks(np.mean(np.square(returns - new)), len(obs)))
 
     for _ in range(config.value_iters):
         values = _outputs(value, phi, acts)
-        grad = _vjp(value, phi, acts, (returns - values) / len(obs))
+        grad = _mean_over_ranks(_vjp(value, phi, acts, (returns - values) / len(obs)), len(obs))
 
         def divergence(new, old=values):
             return np.square(new - old)[:, 0] / 2
@@ -1099,9 +1151,10 @@ class RunningStats(NamedTuple):
 
 def update_stats(stats, rows):
     """stats after rows (N, D) more.  Merges two-pass moments (Chan et al. 1983): nothing cancels."""
-    n, mean = len(rows), rows.mean(axis=0)
+    n, mean = _sum_over_ranks(len(rows)), _mean_over_ranks(rows.mean(axis=0), len(rows))
     total, delta = stats.count + n, mean - stats.mean
-    m2 = stats.m2 + np.square(rows - mean).sum(axis=0) + np.square(delta) * (stats.count * n / total)
+    spread = _sum_over_ranks(np.square(rows - mean).sum(axis=0))
+    m2 = stats.m2 + spread + np.square(delta) * (stats.count * n / total)
     return RunningStats(total, stats.mean + delta * (n / total), m2)
 
 
@@ -1221,13 +1274,18 @@ def _make_env(env, /, **options):
 
 def _make_envs(env, config, /, **options):
     """env (see train) as a VectorEnv, and whether it was made here."""
-    from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-    first = _make_env(env, **options)
+    first, another = _make_env(env, **options), functools.partial(_make_env, env, **options)
     if isinstance(first, VectorEnv):
         return first, first is not env
-    others = [] if first is env else [lambda: _make_env(env, **options)] * (config.num_envs - 1)
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
+    if config.vector == "async":
+        if first is env:
+            raise ValueError(f"vector='async' needs an id, or a callable to call in other processes, got {env}")
+        first.close()
+        return AsyncVectorEnv([another] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED), True
+    others = [] if first is env else [another] * (config.num_envs - 1)
     envs = SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.DISABLED)
     if len({id(each.unwrapped) for each in envs.envs}) < envs.num_envs:
         raise ValueError("the callable must make a new environment at each call, got the same one again")
@@ -1567,8 +1625,8 @@ def init_state(env, policy, config, seed, env_args=None):
 
 def _centre(adv, weights=1.0, group=None):
     """adv minus its weighted mean over each group (None: over all); 0 where what is left is that mean's rounding."""
-    group = group or len(adv)
-    centred = adv - _group_mean(weights * adv, group)
+    mean = _group_mean(weights * adv, group) if group else _mean_over_ranks(adv.mean(), len(adv))
+    group, centred = group or len(adv), adv - mean
     noise = group * np.finfo(adv.dtype).eps * np.abs(adv).reshape(-1, group).max(axis=1)
     return np.where(np.repeat(np.abs(centred).reshape(-1, group).max(axis=1) > noise, group), centred, 0)
 
@@ -1589,6 +1647,11 @@ def _advantages(state, rollout, rewards):
     return gae(rewards, values, next_values, rollout.terminated, rollout.truncated, config.gamma, config.lam)
 
 
+def _variance(x):
+    mean = _mean_over_ranks(x.mean(), len(x))
+    return _mean_over_ranks(np.square(x - mean).mean(), len(x))
+
+
 def _vine_batch(policy, config, branches, adv):
     """E10: the first step of each branch; adv is Q - V with Q the lambda-return of the branch, closed with V."""
     obs, actions, mu, K = branches.obs[0], branches.actions[0], branches.mu[0], _n_actions(policy, config)
@@ -1601,8 +1664,8 @@ def _targets(state, rollout, branches, scale):
     """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
     function, and the variance of the returns that it explained so far."""
     adv, returns = (each[rollout.real] for each in _advantages(state, rollout, rollout.rewards * scale))
-    obs, variance = rollout.obs[rollout.real], returns.var()
-    explained = float(1 - adv.var() / variance) if variance > 0 else 0.0
+    obs, variance = rollout.obs[rollout.real], _variance(returns)
+    explained = float(1 - _variance(adv) / variance) if variance > 0 else 0.0
     if branches is None:
         batch = Batch(obs, rollout.actions[rollout.real], _centre(adv), rollout.mu[rollout.real])
         return batch, obs, returns, explained
@@ -1627,18 +1690,21 @@ def learn(state, rollout, branches=None):
     phi = fit_value(state.value, state.phi, obs, returns, config)
     if config.normalize_obs:
         obs_stats = update_stats(obs_stats, rollout.raw_obs[real])
-    last_100 = [*zip(state.returns, state.lengths, strict=True), *rollout.episodes][-100:]
+    steps = int(real.sum()) + (int(branches.real.sum()) if branches else 0)
+    episodes = _sum_over_ranks(rollout.episodes)
+    last_100 = [*zip(state.returns, state.lengths, strict=True), *episodes][-100:]
     state = state._replace(
         theta=theta,
         phi=phi,
         obs_stats=obs_stats,
         reward_stats=reward_stats,
-        steps=state.steps + int(real.sum()) + (int(branches.real.sum()) if branches else 0),
+        steps=state.steps + _sum_over_ranks(steps),
         updates=state.updates + 1,
-        episodes=state.episodes + len(rollout.episodes),
+        episodes=state.episodes + len(episodes),
         returns=tuple(total for total, _ in last_100),
         lengths=tuple(length for _, length in last_100),
     )
+    _check_ranks_agree(state)
     return state, info, explained
 
 
@@ -1653,9 +1719,10 @@ def _vine_plan(envs, policy, config):
         )
     for env in envs.envs:
         _check_restorable(env)
-    n_steps, n_saved = (-(-n // envs.num_envs) for n in (config.rollout_steps, config.vine_states))
+    n_envs = _sum_over_ranks(envs.num_envs)
+    n_steps, n_saved = (-(-n // n_envs) for n in (config.rollout_steps, config.vine_states))
     n_saved = min(n_saved, n_steps)
-    most = envs.num_envs * (n_steps + n_saved * _n_actions(policy, config) * config.vine_steps)
+    most = n_envs * (n_steps + n_saved * _n_actions(policy, config) * config.vine_steps)
     if most > config.total_steps:
         raise ValueError(f"total_steps must be at least the {most} of one update with vine, got {config.total_steps}")
     return n_saved, most
@@ -1695,21 +1762,25 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
     stop, handled = False, sys.exc_info()[1]
     try:
-        n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, envs.num_envs)
+        n_envs = _sum_over_ranks(envs.num_envs)
+        n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, n_envs)
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng_state
+        if _ranks is not None:  # a stream for each rank; state has that of rank 0
+            rng = np.random.Generator(rng.bit_generator.jumped(_ranks.rank))
         runner = _first_runner(envs, int(rng.integers(2**31)))
         while not stop and not state.solved and state.steps + least <= config.total_steps:
-            n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // envs.num_envs)
+            n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // n_envs)
             now = envs, policy, state.theta, state.obs_stats
             rollout, runner = collect(*now, runner, rng, n_steps, config.gamma, n_saved)
-            if not rollout.real.any():  # a rollout of one step, in which every environment was reset
+            if _largest_over_ranks(not rollout.real.any()):  # of one step, in which every environment was reset
                 continue
             branches = branch(*now, rollout, rng, config) if n_saved else None
-            state, info, explained = learn(state._replace(rng_state=rng.bit_generator.state), rollout, branches)
+            rng_state = rng.bit_generator.state if _ranks is None else _ranks.bcast(rng.bit_generator.state)
+            state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches)
             if threshold is not None and len(state.returns) == 100:
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
-            stop = callback is not None and callback(state, info, explained)
+            stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
     except BaseException as error:
         error = _interrupt_behind(error, handled) or error
         with contextlib.suppress(AttributeError):  # of a class that has something else of that name
@@ -1765,15 +1836,20 @@ def _digest(arrays):
     return hashlib.sha256(b"".join(name.encode() + arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
 
 
-def save(state, path):
-    """Write state to the file path, atomically: arrays and text only, and a digest that load checks."""
+def _arrays(state):
+    """All of state as arrays by name, the rest of it as one text."""
     plain = state._asdict()
     arrays = {"theta": plain.pop("theta"), "phi": plain.pop("phi")}
     for name in ("obs_stats", "reward_stats"):
         arrays |= {f"{name}.{field}": np.asarray(value) for field, value in plain.pop(name)._asdict().items()}
     plain |= {name: plain[name]._asdict() for name in ("config", "policy", "value")}
     text = json.dumps(plain, default=lambda number: number.item())
-    arrays["state"] = np.asarray(text)
+    return arrays | {"state": np.asarray(text)}
+
+
+def save(state, path):
+    """Write state to the file path, atomically: arrays and text only, and a digest that load checks."""
+    arrays = _arrays(state)
     with _replacing(Path(path)) as file:
         np.savez(file, **arrays, digest=_digest(arrays))
 
@@ -2095,12 +2171,13 @@ def _describe(space):
 
 
 def _header(envs, state, given):
+    ranks = f"{_ranks.size} ranks of " if _ranks is not None else ""
     policy_sizes, value_sizes = ("-".join(map(str, net.sizes)) for net in (state.policy, state.value))
     return (
         f"{state.env}: observations {_describe(envs.single_observation_space)}, "
         f"actions {_describe(envs.single_action_space)}\n"
         f"policy {policy_sizes} ({state.policy.head}, {n_params(state.policy):,} parameters), value {value_sizes}\n"
-        f"at most {state.config.total_steps:,} steps in {envs.num_envs} environments, {state.config.sampling}, "
+        f"at most {state.config.total_steps:,} steps in {ranks}{envs.num_envs} environments, {state.config.sampling}, "
         f"{state.config.dtype}, "
         + (f"resumed after {state.steps:,} steps" if "resume" in given else f"seed {given.get('seed', 0)}")
     )
@@ -2269,6 +2346,8 @@ def _run_train(given):
     settings = {name: _tuple(value) for name, value in given.items() if name in _FIELDS}
     with contextlib.ExitStack() as stack, _signals_noted() as signals:
         envs, start, out = (_old_run if resumed else _new_run)(given, settings, stack)
+        if _ranks is not None:
+            _ranks.bcast((start, out))
         try:
             with contextlib.ExitStack() as shown:
                 reports = [_tensorboard(out, start, shown)] if given.get("tensorboard") else []
@@ -2291,6 +2370,19 @@ def _run_train(given):
             f"over the last {n} episodes, after {state.steps:,} steps in {time.perf_counter() - begin:.1f} s; "
             f"saved in {out}"
         )
+    return 128 + signals[0] if signals else 0
+
+
+def _run_other_rank():
+    """What the ranks but the first do of _run_train: they train on the state that rank 0 sends, and write nothing."""
+    with _signals_noted() as signals:
+        start, out = _ranks.bcast(None)
+        with contextlib.closing(_make_envs(start.env, start.config, **start.env_args)[0]) as envs:
+            try:
+                train(envs, start.config, state=start, callback=lambda *_: bool(signals))
+            except BaseException as error:
+                error.fate = f"; what was learned before this update is in {out}"
+                raise
     return 128 + signals[0] if signals else 0
 
 
@@ -2326,23 +2418,66 @@ def _run_plot(given):
     return 0
 
 
+def _launched():
+    """(rank, number of ranks) as mpirun or another launcher of MPI tells this process; (0, 1) without one."""
+    for kind in ("OMPI_COMM_WORLD", "PMI"):  # Open MPI; MPICH and its descendants
+        if f"{kind}_SIZE" in os.environ:
+            return int(os.environ[f"{kind}_RANK"]), int(os.environ[f"{kind}_SIZE"])
+    return 0, 1
+
+
+def _world(n_ranks):
+    """The communicator of all ranks; None for one."""
+    if n_ranks == 1:
+        return None
+    with _needs("mpi4py", "mpi"):
+        from mpi4py import MPI
+    if MPI.COMM_WORLD.size != n_ranks:
+        raise ValueError(f"mpirun started {n_ranks} processes, but is of another MPI than mpi4py, which sees one")
+    return MPI.COMM_WORLD
+
+
+def _report(error, debug, rank):
+    """One sentence about an exception on standard error; the exit code."""
+    if debug:
+        traceback.print_exc()
+    expected = isinstance(error, (ValueError, OSError)) and str(error)
+    what = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
+    code = 2 if expected else 1
+    if isinstance(error, KeyboardInterrupt):
+        what, code = "interrupted", getattr(error, "code", 128 + signal.SIGINT)
+    where = f"rank {rank}: " if rank else ""
+    print(f"trpo_min: {where}{' '.join(what.split())}{getattr(error, 'fate', '')}", file=sys.stderr, flush=True)
+    return code
+
+
 def main(argv=None):
-    """The command line: returns the exit code."""
-    mode, given = _parse(argv)
-    if "" not in sys.path:
-        sys.path.append("")  # module:Name-v0 may be a file here
-    try:
-        return {"env": _run_train, "resume": _run_train, "eval": _run_eval, "plot": _run_plot}[mode](given)
-    except BaseException as error:
-        if given["debug"]:
-            traceback.print_exc()
-        expected = isinstance(error, (ValueError, OSError)) and str(error)
-        what = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
-        code = 2 if expected else 1
-        if isinstance(error, KeyboardInterrupt):
-            what, code = "interrupted", getattr(error, "code", 128 + signal.SIGINT)
-        print(f"trpo_min: {' '.join(what.split())}{getattr(error, 'fate', '')}", file=sys.stderr)
-        return code
+    """The command line: returns the exit code.  Of several ranks, the first does all that is not training."""
+    (rank, n_ranks), comm = _launched(), None
+    with contextlib.ExitStack() as stack:
+        if rank:  # what it would say, rank 0 says
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        mode, given = _parse(argv)
+        if "" not in sys.path:
+            sys.path.append("")  # module:Name-v0 may be a file here
+        if mode in ("eval", "plot") and rank:
+            return 0
+        try:
+            if mode in ("eval", "plot"):
+                return {"eval": _run_eval, "plot": _run_plot}[mode](given)
+            comm = _world(n_ranks)
+            with data_parallel(comm):
+                return _run_other_rank() if rank else _run_train(given)
+        except BaseException as error:
+            if rank and comm is not None:
+                sys.stderr = sys.__stderr__
+            code = _report(error, given["debug"], rank)
+            if comm is not None:  # the others wait for this rank
+                time.sleep(0.5)  # Open MPI may lose what was printed less than that before
+                comm.Abort(code)
+            return code
 
 
 if __name__ == "__main__":
