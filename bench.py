@@ -18,6 +18,7 @@ import csv
 import importlib.util
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -736,6 +737,150 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+# ======================================================================================================== several ranks
+class Counted:
+    """A communicator that notes how many bytes a rank puts into each reduction, 8 for a number that is pickled."""
+
+    def __init__(self, comm):
+        self.comm, self.sent = comm, []
+
+    def Allreduce(self, x, total):
+        self.sent.append(x.nbytes)
+        self.comm.Allreduce(x, total)
+
+    def allreduce(self, *args):
+        self.sent.append(8)
+        return self.comm.allreduce(*args)
+
+
+def steps_per_second(env, quick, num_envs=8, vector="sync"):
+    """Of training, from its second update to its last."""
+    seen, total_steps = [], 2048 * (4 if quick else 24)
+    config = tm.Config(num_envs=num_envs, vector=vector, rollout_steps=2048, total_steps=total_steps)
+    tm.train(env, config, callback=lambda state, *_: seen.append((time.perf_counter(), state.steps)))
+    (begin, first), (end, last) = seen[1], seen[-1]
+    return (last - first) / (end - begin)
+
+
+def scale_rank(args):
+    """What each rank does of scale; the first prints what it measured."""
+    from mpi4py import MPI
+
+    world, result, n_rows = MPI.COMM_WORLD, {}, 2048 if args.quick else 16384
+    policy, theta, batch = gaussian_batch((11, 64, 64, 3), n_rows, np.float64)
+    rows = slice(world.rank * n_rows // world.size, (world.rank + 1) * n_rows // world.size)
+    part = batch._replace(**{name: getattr(batch, name)[rows] for name in batch._fields[:4]})
+    calls = {
+        "alone": lambda: tm.trpo_update(policy, theta, part, CONFIG),
+        "strong": lambda: tm.trpo_update(policy, theta, part, CONFIG),
+        "weak": lambda: tm.trpo_update(policy, theta, batch, CONFIG),
+        "large": lambda: world.Allreduce(theta, np.empty_like(theta)),
+        "small": lambda: world.Allreduce(theta[:2], np.empty(2)),
+    }
+    for name, call in calls.items():
+        with contextlib.nullcontext() if name == "alone" else tm.data_parallel(world):
+            call()
+            result[name] = timed(call, args.repeats, world.Barrier)[0]
+    with tm.data_parallel(world):
+        result["training"] = steps_per_second("Humanoid-v5", args.quick, 8 // world.size)
+    counted = Counted(world)
+    with tm.data_parallel(counted):
+        info = tm.trpo_update(policy, theta, part, CONFIG)[1]
+    candidates = info.backtracks + 1
+    result |= {"ranks": world.size, "P": len(theta), "messages": len(counted.sent), "bytes": sum(counted.sent)}
+    # the gradient and ten F v; surrogate at old, entropy and two means a candidate; three largest; each mean with its n
+    result["expected"] = [11 + 2 + 2 * candidates + 3, 8 * (11 * (len(theta) + 1) + 2 * (2 + 2 * candidates) + 3)]
+    if world.rank == 0:
+        print(json.dumps(result))
+
+
+def scale(args):
+    """Several MPI ranks: strong and weak scaling, what they send against its formula, and other ways on one machine."""
+    if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+        return scale_rank(args)
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not (mpirun and importlib.util.find_spec("mpi4py")):
+        print('mpi4py or mpirun is not installed: pip install ".[mpi]"')
+        return None
+    print(machine())
+    env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "NUMBA_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "scale", "--repeats", args.repeats, *(["--quick"] if args.quick else [])]
+    one, two = (
+        json.loads(subprocess.check_output([*map(str, [mpirun, "-n", n, *command])], env=env, text=True))
+        for n in (1, 2)
+    )
+    print(f"\nupdate on {2048 if args.quick else 16384:,} rows, float64, {one['P']:,} parameters, ms")
+    print(f"one process {one['alone'] * 1e3:.2f}, as the only rank {one['strong'] * 1e3:.2f}")
+    print(
+        f"two ranks, half of the rows each {two['strong'] * 1e3:.2f}: {one['alone'] / two['strong']:.2f} times as fast"
+    )
+    print(f"two ranks, as many rows each {two['weak'] * 1e3:.2f}: {one['alone'] / two['weak']:.2f} of the speed a rank")
+    print(f"a reduction of P numbers {two['large'] * 1e6:.0f} us, of two {two['small'] * 1e6:.0f} us")
+    for name, at in (("messages", 0), ("bytes", 1)):
+        print(f"{name} of an update: counted {two[name]:,}, by the formula {two['expected'][at]:,}")
+    ways = {"sync": one["training"], "2 ranks": two["training"]}
+    ways["async"] = steps_per_second("Humanoid-v5", args.quick, vector="async")
+    if list(peers({envpool: "envpool"}, "envpool")):
+        ways["EnvPool"] = steps_per_second(envpool("Humanoid-v4", 8), args.quick)
+    print("\ntraining, 8 environments, steps/s: " + ", ".join(f"{way} {rate:,.0f}" for way, rate in ways.items()))
+    times = []
+    sizes = (512, 1024, 2048) if args.quick else (1024, 4096, 16384, 65536)
+    for n_rows in sizes:
+        policy, theta, batch = gaussian_batch((11, 64, 64, 3), n_rows, np.float64)
+        times.append(timed(ours(policy, theta, batch)[1], args.repeats)[0])
+    per_row, fixed = np.polyfit(sizes, times, 1)
+    print(f"model: {fixed * 1e3:.2f} ms + {per_row * 1e6:.3f} us a row of a rank + what the network takes")
+    for name, latency, bandwidth in NETWORKS:
+        for n_rows in ROWS:
+            ranks = np.arange(1, 1025)
+            seconds = modelled(ranks, n_rows, one["P"], fixed, per_row, latency, bandwidth)
+            best, idle = int(seconds.argmin()), network(ranks, one["P"], latency, bandwidth) / seconds
+            half = next((f"{n}" for n, share in zip(ranks, idle, strict=True) if share > 0.5), "more than 1,024")
+            print(
+                f"{name}, {n_rows:,} rows: fastest at {ranks[best]} ranks, {seconds[0] / seconds[best]:.0f} times one; "
+                f"the network takes half of the time from {half} ranks"
+            )
+    if not args.quick:
+        rows = {**ways, "fixed": fixed, "per row": per_row, "P": one["P"]}
+        record("scale", "threads,what,value", [[threads(), *row] for row in rows.items()], args)
+        draw_scale()
+    return None
+
+
+NETWORKS = (("InfiniBand, 2 us and 10 GB/s", 2e-6, 10e9), ("Ethernet, 30 us and 1 GB/s", 30e-6, 1e9))
+ROWS = (50_000, 1_000_000)
+
+
+def network(ranks, P, latency, bandwidth):
+    """Seconds in the reductions of an update: log2 R messages up and as many down; each number is sent twice."""
+    ranks, large, small = np.asarray(ranks, float), 11, 7
+    messages = (large + small) * 2 * np.ceil(np.log2(ranks)) * latency
+    return messages + large * 2 * (ranks - 1) / ranks * 8 * (P + 1) / bandwidth
+
+
+def modelled(ranks, n_rows, P, fixed, per_row, latency, bandwidth):
+    """Seconds of an update on n_rows in all: the same work a row on each rank, no rank late, nothing overlapped."""
+    return fixed + per_row * np.ceil(n_rows / np.asarray(ranks)) + network(ranks, P, latency, bandwidth)
+
+
+def draw_scale():
+    measured = {row["what"]: float(row["value"]) for row in read_csv(RESULTS / "scale.csv")}
+    fixed, per_row, P = (measured[name] for name in ("fixed", "per row", "P"))
+    figure, axes = figures(1, 2, figsize=(9, 3.6), sharey=True)
+    ranks = 2 ** np.arange(11)
+    for ax, n_rows in zip(axes, ROWS, strict=True):
+        for (name, *speeds), colour in zip(NETWORKS, COLOURS, strict=False):
+            seconds = modelled(ranks, n_rows, P, fixed, per_row, *speeds)
+            ax.loglog(ranks, 1e3 * seconds, marker="o", color=colour, label=name)
+            ax.loglog(ranks[1:], 1e3 * network(ranks[1:], P, *speeds), "--", color=colour, label="of which the network")
+        ax.loglog(ranks, 1e3 * per_row * n_rows / ranks, ":", color="grey", label="rows only")
+        ax.axhline(1e3 * fixed, color="black", linewidth=0.8, label="what each rank does whatever its rows")
+        ax.set(xlabel="ranks", title=f"{n_rows:,} rows in all")
+    axes[0].set_ylabel("ms an update (model)")
+    axes[0].legend(fontsize=7)
+    figure.savefig(RESULTS / "scale.png", dpi=120)
+
+
 # ============================================================================================================ learning
 PUBLISHED = {  # the best published TRPO after 1,000,000 steps, of any code and version of the environment
     "HalfCheetah-v5": 4471,  # Tianshou's README, largest over training
@@ -1259,8 +1404,8 @@ def mutation(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    repeated = {fvp: 51, update: 21, train: 5, start: 3, scaling: 21}
-    for run in (fvp, update, train, solve, start, scaling, install, bound, environments, soak):
+    repeated = {fvp: 51, update: 21, train: 5, start: 3, scaling: 21, scale: 21}
+    for run in (fvp, update, train, solve, start, scaling, scale, install, bound, environments, soak):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         if run in repeated:
             command.add_argument("--repeats", type=int, default=repeated[run], help="calls or runs that a median is of")

@@ -2353,7 +2353,7 @@ def test_environments_in_processes_of_their_own_give_the_bits_of_those_in_this_o
     config = tm.Config(total_steps=2000, num_envs=3)
     here, there = (tm.train("CartPole-v1", config._replace(vector=vector), seed=2) for vector in ("sync", "async"))
     assert same(here._replace(config=None), there._replace(config=None))
-    with pytest.raises(ValueError, match="id or a callable"):
+    with pytest.raises(ValueError, match="needs an id, or a callable"):
         tm.train(gym.make("CartPole-v1"), config._replace(vector="async"))
 
 
