@@ -3358,7 +3358,7 @@ class Ranks:
 @st.composite
 def shares(draw, n, most=3):
     """Slices that give each of up to so many ranks some of n things, one at least."""
-    ranks = draw(st.integers(1, min(n, most)))
+    ranks = draw(st.integers(min(n, 2), min(n, most)))
     inner = draw(st.lists(st.integers(1, n - 1), min_size=ranks - 1, max_size=ranks - 1, unique=True)) if n > 1 else []
     return [slice(a, b) for a, b in pairwise([0, *sorted(inner), n])]
 
@@ -3396,11 +3396,11 @@ def test_fvp_of_several_ranks_is_that_of_all_rows(case, data):
 
 @given(cases(heads=("value",), scales=(0.3, 1.0)), st.data())
 def test_a_value_fit_of_several_ranks_is_that_of_all_rows(case, data):
+    """Far inside the trust region: a step up to its edge is, of a linear value function, inside or not by rounding."""
     returns, cuts = case.rng.normal(size=len(case.obs)), data.draw(shares(len(case.obs)))
-    whole = tm.fit_value(case.policy, case.theta, case.obs, returns)
-    results = Ranks(len(cuts)).run(
-        lambda rank: tm.fit_value(case.policy, case.theta, case.obs[cuts[rank]], returns[cuts[rank]])
-    )
+    fit = functools.partial(tm.fit_value, case.policy, case.theta, config=tm.Config(value_kl=1e3))
+    whole = fit(case.obs, returns)
+    results = Ranks(len(cuts)).run(lambda rank: fit(case.obs[cuts[rank]], returns[cuts[rank]]))
     assert all(phi.tobytes() == results[0].tobytes() for phi in results)
     errors = [np.square(tm.forward(case.policy, phi, case.obs)[:, 0] - returns).mean() for phi in (whole, results[0])]
     assert isclose(*errors, rtol=1e-6, atol=1e-9)
