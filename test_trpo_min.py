@@ -3306,6 +3306,10 @@ def test_a_folder_that_can_no_longer_be_written_to_ends_the_run_with_its_state_s
 
 
 # ============================================================================= several ranks: one update, on MPI or not
+def vectors(env, n):
+    return SyncVectorEnv([lambda: gym.make(env)] * n, autoreset_mode=AutoresetMode.DISABLED)
+
+
 class Ranks:
     """A communicator like mpi4py's whose ranks are threads of this process; it notes the size of what is sent."""
 
@@ -3460,6 +3464,20 @@ def test_ranks_train_on_rows_of_their_own_to_one_state_that_repeats_bit_for_bit(
     assert all(same(states[0], each) for each in states)
     assert states[0].updates > 1 and 3000 - 2 * 3 * 400 < states[0].steps <= 3000
     assert len({each.tobytes() for each in rows[:3]}) == 3
+
+
+def test_a_callback_of_any_rank_stops_them_all():
+    ranks, config = Ranks(2), tm.Config(total_steps=4000, num_envs=2, rollout_steps=64, hidden=(8,))
+    stop_at = lambda state, *_: ranks.rank == 1 and state.updates == 2  # noqa: E731
+    assert [s.updates for s in ranks.run(lambda rank: tm.train("CartPole-v1", config, callback=stop_at))] == [2, 2]
+
+
+def test_the_plan_of_vine_counts_the_environments_of_all_ranks():
+    config = tm.Config(sampling="vine", num_envs=6)
+    whole = vectors("CartPole-v1", 6)
+    policy = tm.make_policy(whole.single_observation_space, whole.single_action_space)
+    plans = Ranks(3).run(lambda rank: tm._vine_plan(vectors("CartPole-v1", 2), policy, config))
+    assert plans == [tm._vine_plan(whole, policy, config)] * 3
 
 
 def test_ranks_that_come_apart_are_noticed_at_that_update(monkeypatch):
