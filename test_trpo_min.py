@@ -1607,8 +1607,8 @@ def start(envs, config=None, seed=0):
     return tm.init_state("test", policy, config, seed), tm._first_runner(envs, 0)
 
 
-def counters(n, mode):
-    return SyncVectorEnv([lambda i=i: Counter(i) for i in range(n)], autoreset_mode=mode)
+def counters(n, mode, first=0):
+    return SyncVectorEnv([lambda i=i: Counter(first + i) for i in range(n)], autoreset_mode=mode)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -1805,6 +1805,15 @@ def test_a_feature_that_was_constant_is_not_blown_up_when_it_moves():
     stats = tm.update_stats(tm.RunningStats(0.0, np.zeros(1), np.zeros(1)), np.full((50, 1), 3.0))
     assert tm.normalize(stats, np.array([[3.0]])) == 0
     assert abs(tm.normalize(stats, np.array([[3.0001]]))) <= 1.001
+
+
+@pytest.mark.parametrize(("kl_schedule", "left"), [("linear", [1.0, 0.75, 0.5, 0.25]), ("constant", [1.0] * 4)])
+def test_the_trust_region_falls_linearly_to_nothing_over_total_steps_or_stays(kl_schedule, left, monkeypatch):
+    seen, update = [], tm.trpo_update
+    monkeypatch.setattr(tm, "trpo_update", lambda *args: seen.append(args[-1].max_kl) or update(*args))
+    config = tm.Config(total_steps=400, rollout_steps=100, max_kl=0.03, kl_schedule=kl_schedule, hidden=(4,))
+    state = tm.train("CartPole-v1", config)
+    assert allclose(seen, 0.03 * np.array(left)) and state.config == config
 
 
 @given(st.sampled_from([0.1, 1.0, 1000.0]))
@@ -3412,7 +3421,7 @@ def test_a_value_fit_of_several_ranks_is_that_of_all_rows(case, data):
 
 @given(st.integers(2, 3), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
 def test_an_iteration_of_several_ranks_is_that_of_one_process_with_all_of_their_environments(R, E, n_steps, seed):
-    envs = [counters(E, AutoresetMode.NEXT_STEP) for _ in range(R)]
+    envs = [counters(E, AutoresetMode.NEXT_STEP, rank * E) for rank in range(R)]
     config, rng = tm.Config(rollout_steps=n_steps), np.random.default_rng(seed)
     policy = tm.make_policy(envs[0].single_observation_space, envs[0].single_action_space, (8,))
     state = tm.init_state("Counter", policy, config, seed)

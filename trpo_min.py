@@ -214,7 +214,8 @@ class Config(NamedTuple):
     ] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
-    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.01
+    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.02
+    kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solves of both networks; not in the step length"] = (
         0.1
     )
@@ -1686,7 +1687,8 @@ def learn(state, rollout, branches=None):
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
     batch, obs, returns, explained = _targets(state, rollout, branches, _inverse_std(reward_stats)[0])
-    theta, info = trpo_update(state.policy, state.theta, batch, config)
+    left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
+    theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=left * config.max_kl))
     phi = fit_value(state.value, state.phi, obs, returns, config)
     if config.normalize_obs:
         obs_stats = update_stats(obs_stats, rollout.raw_obs[real])
