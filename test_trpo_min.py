@@ -3519,7 +3519,11 @@ def mpirun(n, *argv, cwd):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # mpirun ends its ranks
+        raise
     return process.returncode, out, [line for line in err.splitlines() if line.startswith("trpo_min:")], err
 
 
