@@ -264,17 +264,18 @@ def test_the_first_parameters_are_orthogonal_and_those_of_the_last_layer_small(c
         scale = 0.01 if i == len(weights) - 1 else 1.0
         assert allclose(np.linalg.svd(W, compute_uv=False), scale, rtol=100 * EPS * max(W.shape))
         assert (b == 0).all()
-    assert (log_std == 0).all()
+    assert allclose(np.exp(log_std), min(1.0, 2.4 / case.policy.sizes[-1]), rtol=4 * EPS)
 
 
 def test_the_first_deviation_is_a_fraction_of_half_the_range_of_the_action_if_it_has_one():
     low, high = (-1.0, 0.0, -np.inf, -3.4e38, 2.0), (1.0, 20.0, np.inf, 3.4e38, 2.0)
     box = spaces.Box(np.array(low), np.array(high), dtype=np.float64)
     policy = tm.make_policy(spaces.Box(-1, 1, (3,)), box, (4,))
-    _, log_std = layers(policy, tm.init_params(policy, np.random.default_rng(0), init_std=0.3))
+    _, log_std = layers(policy, tm.init_params(policy, np.random.default_rng(0), init_std=1.5))
     assert np.exp(log_std) == pytest.approx([0.3, 3.0, 0.3, 0.3, 0.3], rel=4 * EPS)
-    state = tm.init_state("", policy, tm.Config(hidden=(4,), init_std=0.5), seed=0)
-    assert np.exp(layers(policy, state.theta)[1])[:2] == pytest.approx([0.5, 5.0], rel=4 * EPS)
+    for init_std, sigma in ((2.5, 0.5), (50.0, 1.0)):
+        state = tm.init_state("", policy, tm.Config(hidden=(4,), init_std=init_std), seed=0)
+        assert np.exp(layers(policy, state.theta)[1])[:2] == pytest.approx([sigma, 10 * sigma], rel=4 * EPS)
 
 
 def test_tanh_has_six_eps_of_relative_error_and_is_odd_and_passes_nan_on():

@@ -196,7 +196,9 @@ class Config(NamedTuple):
 
     hidden: Annotated[tuple[int, ...], "[1, inf)", "widths of the hidden layers of both networks, units"] = (64, 64)
     dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
-    init_std: Annotated[float, "(0, inf)", "first deviation of Gaussian actions, in halves of their range"] = 0.37
+    init_std: Annotated[
+        float, "(0, inf)", "first deviations of Gaussian actions, in halves of their range, 1 at most: their sum"
+    ] = 2.4
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[int, "[1, inf)", "environments stepped together"] = 4
@@ -214,7 +216,7 @@ class Config(NamedTuple):
     ] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
-    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.02
+    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solves of both networks; not in the step length"] = (
         0.1
@@ -857,11 +859,12 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
 
 # =========================================================================== the policy as a function of its parameters
 @_one_blas_thread()
-def init_params(policy, rng, dtype=np.float64, *, init_std=1.0):
-    """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0; sigma is init_std times half
-    the range of the action, or init_std itself where it has no bounds, or some of a million and more.
+def init_params(policy, rng, dtype=np.float64, *, init_std=2.4):
+    """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0; sigma is min(1, init_std / A)
+    times half the range of the action, or itself where that has no bounds, or some of a million and more.
 
-    Orthogonal: Saxe et al. 2014.  A small last layer makes the first policy the same in every state.
+    Orthogonal: Saxe et al. 2014.  A small last layer makes the first policy the same in every state.  Less noise for
+    more actions: they all pay for control, and none of them can be judged well in the noise of the others.
     """
     _check_policy(policy)
     _check_number("init_std", init_std, float, "(0, inf)")
@@ -874,7 +877,8 @@ def init_params(policy, rng, dtype=np.float64, *, init_std=1.0):
         W[:] = (q if W.shape[0] >= W.shape[1] else q.T) * (0.01 if layer == len(sizes) - 2 else 1.0)
     half_range = np.array(policy.high) / 2 - np.array(policy.low) / 2 if policy.high else np.ones(1)
     bounded = (half_range > 0) & (half_range < 1e6)
-    theta[_n_weights(policy) :] = np.log(init_std * np.where(bounded, half_range, 1.0))
+    sigma = min(1.0, init_std / policy.sizes[-1])
+    theta[_n_weights(policy) :] = np.log(sigma * np.where(bounded, half_range, 1.0))
     return theta
 
 
