@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import io
 import json
+import multiprocessing
 import operator
 import os
 import re
@@ -2166,9 +2167,9 @@ def test_vine_refuses_environments_it_cannot_reach_and_fewer_steps_than_an_updat
     with pytest.raises(ValueError, match="autoreset_mode DISABLED"):
         tm.train(gym.make_vec("CartPole-v1", 2, vectorization_mode="vector_entry_point"), config)
     config = config._replace(num_envs=3, rollout_steps=10, vine_states=5, vine_steps=7, vine_actions=4)
-    with pytest.raises(ValueError, match=r"^total_steps must be at least the 180 "):  # 12 + 6 * 4 * 7
-        tm.train(Walk, config._replace(total_steps=179))
-    assert tm.train(Walk, config._replace(total_steps=180)).updates == 1
+    with pytest.raises(ValueError, match=r"^total_steps must be at least the 177 "):  # 9 + 6 * 4 * 7
+        tm.train(Walk, config._replace(total_steps=176))
+    assert tm.train(Walk, config._replace(total_steps=177)).updates == 1
 
 
 @pytest.mark.parametrize("action_space", [None, spaces.MultiDiscrete([2, 2])])
@@ -2357,6 +2358,27 @@ def test_a_callable_that_makes_the_same_environment_again_is_refused():
     env = Reusing()
     with pytest.raises(ValueError, match="a new environment at each call"):
         tm.train(lambda: env)
+
+
+class Mortal(Counter):
+    """Kills its process at step 100, if that is not the one that trains."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.trainer = trainer
+
+    def step(self, action):
+        if len(self.seen) == 100 and os.getpid() != self.trainer:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+def test_the_end_of_an_environments_process_ends_training_with_what_was_learned():
+    config = tm.Config(num_envs=2, vector="async", rollout_steps=60, hidden=(4,))
+    with pytest.raises(RuntimeError, match="the process of an environment has ended") as caught:
+        tm.train(functools.partial(Mortal, os.getpid()), config)
+    assert caught.value.state.updates == 3
+    assert not multiprocessing.active_children()
 
 
 def test_environments_in_processes_of_their_own_give_the_bits_of_those_in_this_one():
@@ -3482,6 +3504,11 @@ def test_a_callback_of_any_rank_stops_them_all():
     assert [s.updates for s in ranks.run(lambda rank: tm.train("CartPole-v1", config, callback=stop_at))] == [2, 2]
 
 
+def test_vine_takes_no_more_states_than_there_are_steps_to_branch_from():
+    config = tm.Config(sampling="vine", num_envs=4, rollout_steps=5, vine_states=8, vine_steps=2, total_steps=60)
+    assert tm.train("CartPole-v1", config).updates >= 2
+
+
 def test_the_plan_of_vine_counts_the_environments_of_all_ranks():
     config = tm.Config(sampling="vine", num_envs=6)
     whole = vectors("CartPole-v1", 6)
@@ -3493,8 +3520,24 @@ def test_the_plan_of_vine_counts_the_environments_of_all_ranks():
 def test_ranks_that_come_apart_are_noticed_at_that_update(monkeypatch):
     ranks = Ranks(2)
     monkeypatch.setattr(tm, "fit_value", lambda value, phi, *_: phi + (ranks.rank == 1) * 1e-16 * np.arange(len(phi)))
-    with pytest.raises(RuntimeError, match="different parameters in update 1"):
+    with pytest.raises(RuntimeError, match="differ in what update 1 came to"):
         ranks.run(lambda rank: tm.train("CartPole-v1", tm.Config(total_steps=2000, num_envs=2, hidden=(8,))))
+
+
+def test_ranks_that_start_from_other_parameters_seeds_or_settings_are_refused():
+    case, config = fixed_case(), tm.Config(hidden=(8,))
+    batch, other = make_batch(case), config._replace(max_kl=0.02)
+    for work in (
+        lambda rank: tm.train("CartPole-v1", config, seed=rank),
+        lambda rank: tm.trpo_update(
+            case.policy, case.theta + 1e-13 * rank, batch._replace(mu_old=batch.mu_old), config
+        ),
+        lambda rank: tm.trpo_update(case.policy, case.theta, batch, (config, other)[rank]),
+    ):
+        with pytest.raises(RuntimeError, match="the same seed and config"):
+            Ranks(2).run(work)
+    with pytest.raises(ValueError, match="communicator"), tm.data_parallel("MPI"):
+        pass
 
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
@@ -3559,7 +3602,10 @@ class Env(gym.Env):
         self.n += 1
         late = self.n > 200 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1"
         if late and self.fault == "raises": raise RuntimeError("the robot fell off the table")
-        return np.full(2, np.nan if late else 0, np.float32), float(action), self.n % 20 == 0, False, {}
+        if late and self.fault == "signal" and not signalled: signalled.append(os.kill(os.getpid(), 15))
+        obs = np.full(2, np.nan if late and self.fault == "NaN" else 0, np.float32)
+        return obs, float(action), self.n % 20 == 0, False, {}
+signalled = []
 gym.register("Faulty-v0", Env)
 """
 
@@ -3571,7 +3617,9 @@ def test_a_rank_that_fails_ends_them_all_with_its_sentence_and_what_was_learned_
     argv = ["--env", "faulty:Faulty-v0", "--env-args", json.dumps({"fault": fault}), *RANKS[2:], "--out", "run"]
     code, _, sentences, err = finish(mpirun(2, *argv, cwd=tmp_path))
     assert code in (1, 2) and len(sentences) == 1, err
-    assert "rank 1" in sentences[0] and message in sentences[0] and "is in run" in sentences[0]
+    assert (
+        "rank 1" in sentences[0] and message in sentences[0] and "run holds the state after 768 steps" in sentences[0]
+    )
     assert tm.load(tmp_path / "run").updates == len(tm.read_progress(tmp_path / "run")) == 8  # of 24 steps each
 
 
@@ -3586,6 +3634,15 @@ def test_a_signal_to_mpirun_stops_all_ranks_with_what_was_learned_saved(tmp_path
     assert state.updates >= 3
     code, *_, err = finish(mpirun(2, "--resume", "run", "--total-steps", state.steps + 96, cwd=tmp_path))
     assert code == 0 and tm.load(tmp_path / "run").updates == state.updates + 1, err
+
+
+@needs_mpi
+def test_a_signal_to_any_rank_stops_them_all_after_the_update_with_its_exit_code(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY_RANK)
+    argv = ["--env", "faulty:Faulty-v0", "--env-args", '{"fault": "signal"}', *RANKS[2:], "--out", "run", "--quiet"]
+    code, out, _, err = finish(mpirun(2, *argv, cwd=tmp_path))
+    assert code == 128 + signal.SIGTERM and out.startswith("stopped"), err
+    assert tm.load(tmp_path / "run").updates == 9  # the one in which it came
 
 
 @needs_mpi

@@ -148,11 +148,13 @@ _ranks = None  # the mpi4py communicator of the processes that learn together; N
 def data_parallel(comm):
     """In the block, trpo_update, fit_value, train and what they call are collective over the ranks of comm (mpi4py).
 
-    Each rank brings rows of its own, one or more, and the same parameters and config.  Every mean over rows is then one
-    over the rows of all ranks, so that all come to the same bits: what one process would, on all rows, but for
-    rounding.  Where one rank raises, the others wait for it: start scripts with python -m mpi4py, which ends them all.
+    Each rank brings rows of its own, one or more, and the same seed, parameters and config.  Every mean over rows is
+    then one over the rows of all ranks, so that all come to the same bits: what one process would, on all rows, but for
+    rounding.  Where one rank raises, the others would wait for ever: python -m mpi4py script.py ends them all.
     """
     global _ranks
+    if comm is not None and not hasattr(comm, "Allreduce"):
+        raise ValueError(f"comm must be a communicator of mpi4py such as MPI.COMM_WORLD, got {comm}")
     before, _ranks = _ranks, comm
     try:
         yield
@@ -176,7 +178,7 @@ def _mean_over_ranks(mean, n_rows):
     if _ranks is None:
         return mean
     mean = np.asarray(mean)
-    total = _sum_over_ranks(np.append(n_rows * mean.astype(np.float64), n_rows))
+    total = _sum_over_ranks(np.append(n_rows * mean.astype(np.float64), n_rows))  # one message: the count goes along
     return (total[:-1] / total[-1]).reshape(mean.shape).astype(mean.dtype)[()]
 
 
@@ -184,10 +186,10 @@ def _largest_over_ranks(x):
     return x if _ranks is None else _ranks.allreduce(x, max)
 
 
-def _check_ranks_agree(state):
-    """RuntimeError unless all ranks have the same bits.  They differ only if code or libraries do, or memory fails."""
-    if _ranks is not None and len(set(_ranks.allgather(_digest(_arrays(state))))) > 1:
-        raise RuntimeError(f"the ranks came to different parameters in update {state.updates}: is their code the same?")
+def _check_ranks_agree(what, arrays):
+    """RuntimeError unless all ranks have the same bits in arrays, a function that returns them by name."""
+    if _ranks is not None and len(set(_ranks.allgather(_digest(arrays())))) > 1:
+        raise RuntimeError(f"the ranks differ in {what}: each must run the same code with the same seed and config")
 
 
 # ================================================================================================ what is passed around
@@ -1035,6 +1037,7 @@ def trpo_update(policy, theta, batch, config=Config()):
     """
     check_config(config)
     theta, batch = _check_batch(policy, theta, batch)
+    _check_ranks_agree("theta or config", lambda: {"theta": theta, "config": np.array(str(config))})
     scale = _largest_over_ranks(float(np.abs(batch.weights * batch.adv).max())) or 1.0
     if scale == np.inf:
         raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
@@ -1123,6 +1126,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
+    _check_ranks_agree("phi or config", lambda: {"phi": phi, "config": np.array(str(config))})
     if value.head != "value" or value.sizes[-1] != 1:
         raise ValueError(f"value must be a network with one output and the head 'value', got {value}")
     returns = _finite("returns", returns, (len(obs),), phi.dtype)[:, None]
@@ -1277,6 +1281,30 @@ def _make_env(env, /, **options):
     return made
 
 
+def _make_in_worker(env, options, trainer):
+    """_make_env; another process than trainer leaves Ctrl-C to it from here on, and ends at SIGTERM."""
+    if os.getpid() != trainer:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return _make_env(env, **options)
+
+
+@contextlib.contextmanager
+def _closing(envs):
+    """Closes envs at the end.  After an error, which may be the end of one of their processes, it kills these first:
+    AsyncVectorEnv would wait for their answers."""
+    try:
+        yield envs
+    except BaseException:
+        for process in getattr(envs, "processes", ()):
+            process.kill()
+            process.join()
+            envs.closed = True
+        raise
+    finally:
+        envs.close()
+
+
 def _make_envs(env, config, /, **options):
     """env (see train) as a VectorEnv, and whether it was made here."""
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
@@ -1289,7 +1317,8 @@ def _make_envs(env, config, /, **options):
         if first is env:
             raise ValueError(f"vector='async' needs an id, or a callable to call in other processes, got {env}")
         first.close()
-        return AsyncVectorEnv([another] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED), True
+        worker = functools.partial(_make_in_worker, env, options, os.getpid())
+        return AsyncVectorEnv([worker] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED), True
     others = [] if first is env else [another] * (config.num_envs - 1)
     envs = SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.DISABLED)
     if len({id(each.unwrapped) for each in envs.envs}) < envs.num_envs:
@@ -1710,7 +1739,7 @@ def learn(state, rollout, branches=None):
         returns=tuple(total for total, _ in last_100),
         lengths=tuple(length for _, length in last_100),
     )
-    _check_ranks_agree(state)
+    _check_ranks_agree(f"what update {state.updates} came to", lambda: _arrays(state))
     return state, info, explained
 
 
@@ -1726,8 +1755,8 @@ def _vine_plan(envs, policy, config):
     for env in envs.envs:
         _check_restorable(env)
     n_envs = _sum_over_ranks(envs.num_envs)
-    n_steps, n_saved = (-(-n // n_envs) for n in (config.rollout_steps, config.vine_states))
-    n_saved = min(n_saved, n_steps)
+    n_steps = max(1, config.rollout_steps // n_envs)
+    n_saved = min(-(-config.vine_states // n_envs), n_steps)
     most = n_envs * (n_steps + n_saved * _n_actions(policy, config) * config.vine_steps)
     if most > config.total_steps:
         raise ValueError(f"total_steps must be at least the {most} of one update with vine, got {config.total_steps}")
@@ -1744,6 +1773,41 @@ def _interrupt_behind(error, handled):
         seen.append(error)
         error = error.__cause__ or error.__context__
     return error if isinstance(error, KeyboardInterrupt) and error is not handled else None
+
+
+def _iterate(envs, state, threshold, callback):
+    """The loop of train."""
+    config, policy, stop, handled = state.config, state.policy, False, sys.exc_info()[1]
+    try:
+        _check_ranks_agree("state, seed or config", lambda: _arrays(state))
+        n_envs = _sum_over_ranks(envs.num_envs)
+        n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, n_envs)
+        rng = np.random.default_rng()
+        rng.bit_generator.state = state.rng_state
+        if _ranks is not None:  # a stream for each rank; state has that of rank 0
+            rng = np.random.Generator(rng.bit_generator.jumped(_ranks.rank))
+        runner = _first_runner(envs, int(rng.integers(2**31)))
+        while not stop and not state.solved and state.steps + least <= config.total_steps:
+            n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // n_envs)
+            now = envs, policy, state.theta, state.obs_stats
+            rollout, runner = collect(*now, runner, rng, n_steps, config.gamma, n_saved)
+            if _largest_over_ranks(not rollout.real.any()):
+                continue  # it was one step, in which a rank's environments all reset; in the next one they do not
+            branches = branch(*now, rollout, rng, config) if n_saved else None
+            rng_state = rng.bit_generator.state  # of rank 0, so that any number of ranks can go on from the state
+            rng_state = rng_state if _ranks is None else _ranks.bcast(rng_state)
+            state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches)
+            if threshold is not None and len(state.returns) == 100:
+                state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
+            stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
+    except BaseException as error:
+        error = _interrupt_behind(error, handled) or error
+        if isinstance(error, (EOFError, ConnectionError)) and hasattr(envs, "processes"):
+            error = RuntimeError("the process of an environment has ended")
+        with contextlib.suppress(AttributeError):  # of a class that has something else of that name
+            error.state = state
+        raise error
+    return state
 
 
 def train(env, config=None, *, seed=0, state=None, callback=None):
@@ -1766,36 +1830,8 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
         raise ValueError(f"state is of another network, or {state.env} of other spaces: {state.policy}, not {policy}")
     state = state._replace(config=config, solved=state.solved and config.stop_when_solved)
     threshold = spec.reward_threshold if spec and config.stop_when_solved else None
-    stop, handled = False, sys.exc_info()[1]
-    try:
-        n_envs = _sum_over_ranks(envs.num_envs)
-        n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, n_envs)
-        rng = np.random.default_rng()
-        rng.bit_generator.state = state.rng_state
-        if _ranks is not None:  # a stream for each rank; state has that of rank 0
-            rng = np.random.Generator(rng.bit_generator.jumped(_ranks.rank))
-        runner = _first_runner(envs, int(rng.integers(2**31)))
-        while not stop and not state.solved and state.steps + least <= config.total_steps:
-            n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // n_envs)
-            now = envs, policy, state.theta, state.obs_stats
-            rollout, runner = collect(*now, runner, rng, n_steps, config.gamma, n_saved)
-            if _largest_over_ranks(not rollout.real.any()):  # of one step, in which every environment was reset
-                continue
-            branches = branch(*now, rollout, rng, config) if n_saved else None
-            rng_state = rng.bit_generator.state if _ranks is None else _ranks.bcast(rng.bit_generator.state)
-            state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches)
-            if threshold is not None and len(state.returns) == 100:
-                state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
-            stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
-    except BaseException as error:
-        error = _interrupt_behind(error, handled) or error
-        with contextlib.suppress(AttributeError):  # of a class that has something else of that name
-            error.state = state
-        raise error
-    finally:
-        if made_here:
-            envs.close()
-    return state
+    with _closing(envs) if made_here else contextlib.nullcontext():
+        return _iterate(envs, state, threshold, callback)
 
 
 # =============================================================================================== using what was trained
@@ -2206,7 +2242,7 @@ def _say_row(row):
 
 def _progress(state, stack):
     """report(row), called after each update: a progress bar on a terminal, else a line."""
-    if not (sys.stdout and sys.stdout.isatty()):
+    if _ranks is not None or not (sys.stdout and sys.stdout.isatty()):  # mpirun has a terminal of its own for rank 0
         return _say_row
     try:
         from tqdm import tqdm
@@ -2281,6 +2317,14 @@ def _signals_noted():
             signal.signal(number, handler)
 
 
+def _signalled(signals):
+    """Whether this or another rank was signalled, of which all then know."""
+    number = _largest_over_ranks(signals[0] if signals else 0)
+    if number and not signals:
+        signals.append(number)
+    return bool(number)
+
+
 def _recorder(out, start, reports, signals):
     """A callback for train: each update is saved in out and reported; it stops at a signal."""
     rows = read_progress(out)
@@ -2296,7 +2340,7 @@ def _recorder(out, start, reports, signals):
         save(state, out / "checkpoint.npz")
         for report in reports:
             report(row)
-        return bool(signals)
+        return _signalled(signals)
 
     return callback
 
@@ -2305,7 +2349,7 @@ def _new_run(given, settings, stack):
     """The environments, the TrainState to start from, and its folder, of --env."""
     config, name, env_args, seed = Config(**settings), given["env"], given.get("env_args", {}), given.get("seed", 0)
     check_config(config)
-    envs = stack.enter_context(contextlib.closing(_make_envs(name, config, **env_args)[0]))
+    envs = stack.enter_context(_closing(_make_envs(name, config, **env_args)[0]))
     policy = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
     start, now = init_state(name, policy, config, seed, env_args), datetime.datetime.now()
     run = f"{name.replace('/', '-').replace(':', '-')}-{now:%Y%m%d-%H%M%S.%f}-seed{seed}"
@@ -2326,7 +2370,7 @@ def _old_run(given, settings, stack):
     start = load(out)  # again, as another process may have had it until now
     start = start._replace(config=start.config._replace(**settings))
     check_config(start.config)
-    envs = stack.enter_context(contextlib.closing(_make_envs(start.env, start.config, **start.env_args)[0]))
+    envs = stack.enter_context(_closing(_make_envs(start.env, start.config, **start.env_args)[0]))
     for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
         part.unlink()
     _cut_progress(out, start.updates)
@@ -2353,7 +2397,7 @@ def _run_train(given):
     with contextlib.ExitStack() as stack, _signals_noted() as signals:
         envs, start, out = (_old_run if resumed else _new_run)(given, settings, stack)
         if _ranks is not None:
-            _ranks.bcast((start, out))
+            _ranks.bcast((start, out))  # to _run_other_rank
         try:
             with contextlib.ExitStack() as shown:
                 reports = [_tensorboard(out, start, shown)] if given.get("tensorboard") else []
@@ -2383,12 +2427,13 @@ def _run_other_rank():
     """What the ranks but the first do of _run_train: they train on the state that rank 0 sends, and write nothing."""
     with _signals_noted() as signals:
         start, out = _ranks.bcast(None)
-        with contextlib.closing(_make_envs(start.env, start.config, **start.env_args)[0]) as envs:
-            try:
-                train(envs, start.config, state=start, callback=lambda *_: bool(signals))
-            except BaseException as error:
-                error.fate = f"; what was learned before this update is in {out}"
-                raise
+        try:
+            with _closing(_make_envs(start.env, start.config, **start.env_args)[0]) as envs:
+                train(envs, start.config, state=start, callback=lambda *_: _signalled(signals))
+        except BaseException as error:
+            done = getattr(error, "state", start).steps
+            error.fate = f"; {out} holds the state after {done:,} steps"
+            raise
     return 128 + signals[0] if signals else 0
 
 
@@ -2439,7 +2484,10 @@ def _world(n_ranks):
     with _needs("mpi4py", "mpi"):
         from mpi4py import MPI
     if MPI.COMM_WORLD.size != n_ranks:
-        raise ValueError(f"mpirun started {n_ranks} processes, but is of another MPI than mpi4py, which sees one")
+        raise ValueError(
+            f"by its environment this is one of {n_ranks} ranks, but mpi4py sees {MPI.COMM_WORLD.size}: is mpirun of "
+            "another MPI, or was a rank's environment inherited?"
+        )
     return MPI.COMM_WORLD
 
 
@@ -2474,11 +2522,14 @@ def main(argv=None):
             if mode in ("eval", "plot"):
                 return {"eval": _run_eval, "plot": _run_plot}[mode](given)
             comm = _world(n_ranks)
+            if comm is not None and "NUMBA_NUM_THREADS" not in os.environ:
+                numba.config.NUMBA_NUM_THREADS = 1  # a core for each rank
             with data_parallel(comm):
                 return _run_other_rank() if rank else _run_train(given)
         except BaseException as error:
             if rank and comm is not None:
                 sys.stderr = sys.__stderr__
+                time.sleep(1)  # where rank 0 has failed by itself too, it says so, and ends this one
             code = _report(error, given["debug"], rank)
             if comm is not None:  # the others wait for this rank
                 time.sleep(0.5)  # Open MPI may lose what was printed less than that before
