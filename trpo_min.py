@@ -1961,11 +1961,11 @@ def read_progress(out):
     """The rows of a run's progress.csv as numbers."""
     path = out / "progress.csv"
     try:
-        with open(path, newline="") as file:
-            table = csv.DictReader(file)
-            if path.stat().st_size and not {"update", "return_mean", "seconds"} <= set(table.fieldnames or ()):
-                raise ValueError("its first line does not name the columns")
-            return [{name: float(value) for name, value in row.items()} for row in table]
+        lines = path.read_text().splitlines()  # all at once: a run that goes on may be writing more
+        table = csv.DictReader(lines)
+        if lines and not {"update", "return_mean", "seconds"} <= set(table.fieldnames or ()):
+            raise ValueError("its first line does not name the columns")
+        return [{name: float(value) for name, value in row.items()} for row in table]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not what trpo_min wrote: {error}") from error
 
