@@ -802,13 +802,15 @@ def scale_rank(args):
 def scale(args):
     """Several MPI ranks: strong and weak scaling, what they send against its formula, and other ways on one machine."""
     if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
-        return scale_rank(args)
+        scale_rank(args)
+        return
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if not (mpirun and importlib.util.find_spec("mpi4py")):
         print('mpi4py or mpirun is not installed: pip install ".[mpi]"')
-        return None
+        return
     print(machine())
     env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "NUMBA_NUM_THREADS": "1"}
+    env["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"  # on a machine of one core too
     command = [sys.executable, __file__, "scale", "--repeats", args.repeats, *(["--quick"] if args.quick else [])]
     one, two = (
         json.loads(subprocess.check_output([*map(str, [mpirun, "-n", n, *command])], env=env, text=True))
@@ -839,8 +841,8 @@ def scale(args):
         for n_rows in ROWS:
             ranks = np.arange(1, 1025)
             seconds = modelled(ranks, n_rows, one["P"], fixed, per_row, latency, bandwidth)
-            best, idle = int(seconds.argmin()), network(ranks, one["P"], latency, bandwidth) / seconds
-            half = next((f"{n}" for n, share in zip(ranks, idle, strict=True) if share > 0.5), "more than 1,024")
+            best, shares = int(seconds.argmin()), network(ranks, one["P"], latency, bandwidth) / seconds
+            half = next((f"{n}" for n, share in zip(ranks, shares, strict=True) if share > 0.5), "more than 1,024")
             print(
                 f"{name}, {n_rows:,} rows: fastest at {ranks[best]} ranks, {seconds[0] / seconds[best]:.0f} times one; "
                 f"the network takes half of the time from {half} ranks"
@@ -849,7 +851,6 @@ def scale(args):
         rows = {**ways, "fixed": fixed, "per row": per_row, "P": one["P"]}
         record("scale", "threads,what,value", [[threads(), *row] for row in rows.items()], args)
         draw_scale()
-    return None
 
 
 NETWORKS = (("InfiniBand, 2 us and 10 GB/s", 2e-6, 10e9), ("Ethernet, 30 us and 1 GB/s", 30e-6, 1e9))

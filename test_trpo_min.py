@@ -268,7 +268,7 @@ def test_the_first_parameters_are_orthogonal_and_those_of_the_last_layer_small(c
     assert allclose(np.exp(log_std), min(1.0, 2.4 / case.policy.sizes[-1]), rtol=4 * EPS)
 
 
-def test_the_first_deviation_is_a_fraction_of_half_the_range_of_the_action_if_it_has_one():
+def test_the_first_deviations_in_halves_of_the_ranges_add_up_to_init_std_with_none_above_one():
     low, high = (-1.0, 0.0, -np.inf, -3.4e38, 2.0), (1.0, 20.0, np.inf, 3.4e38, 2.0)
     box = spaces.Box(np.array(low), np.array(high), dtype=np.float64)
     policy = tm.make_policy(spaces.Box(-1, 1, (3,)), box, (4,))
@@ -3338,10 +3338,6 @@ def test_a_folder_that_can_no_longer_be_written_to_ends_the_run_with_its_state_s
 
 
 # ============================================================================= several ranks: one update, on MPI or not
-def vectors(env, n):
-    return SyncVectorEnv([lambda: gym.make(env)] * n, autoreset_mode=AutoresetMode.DISABLED)
-
-
 class Ranks:
     """A communicator like mpi4py's whose ranks are threads of this process; it notes the size of what is sent."""
 
@@ -3511,11 +3507,13 @@ def test_vine_takes_no_more_states_than_there_are_steps_to_branch_from():
 
 
 def test_the_plan_of_vine_counts_the_environments_of_all_ranks():
-    config = tm.Config(sampling="vine", num_envs=6)
-    whole = vectors("CartPole-v1", 6)
-    policy = tm.make_policy(whole.single_observation_space, whole.single_action_space)
-    plans = Ranks(3).run(lambda rank: tm._vine_plan(vectors("CartPole-v1", 2), policy, config))
-    assert plans == [tm._vine_plan(whole, policy, config)] * 3
+    policy = tm.Policy((4, 2), "categorical", (2,))
+
+    def plan(num_envs):
+        config = tm.Config(sampling="vine", num_envs=num_envs)
+        return tm._vine_plan(tm._make_envs("CartPole-v1", config)[0], policy, config)
+
+    assert Ranks(3).run(lambda rank: plan(2)) == [plan(6)] * 3
 
 
 def test_ranks_that_come_apart_are_noticed_at_that_update(monkeypatch):
@@ -3530,9 +3528,7 @@ def test_ranks_that_start_from_other_parameters_seeds_or_settings_are_refused():
     batch, other = make_batch(case), config._replace(max_kl=0.02)
     for work in (
         lambda rank: tm.train("CartPole-v1", config, seed=rank),
-        lambda rank: tm.trpo_update(
-            case.policy, case.theta + 1e-13 * rank, batch._replace(mu_old=batch.mu_old), config
-        ),
+        lambda rank: tm.trpo_update(case.policy, case.theta + 1e-13 * rank, batch, config),
         lambda rank: tm.trpo_update(case.policy, case.theta, batch, (config, other)[rank]),
     ):
         with pytest.raises(RuntimeError, match="the same seed and config"):
