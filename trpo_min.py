@@ -234,7 +234,7 @@ class Config(NamedTuple):
     value_rollouts: Annotated[int, "[1, inf)", "newest rollouts that the value function is fitted to"] = 4
     value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 1
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
-    value_damping: Annotated[float, "(0, inf)", "damping of a value step, for returns of deviation 1"] = 0.03
+    value_damping: Annotated[float, "(0, inf)", "damping of a value step"] = 0.01
     value_cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per value step"] = 30
 
 
@@ -1176,9 +1176,9 @@ def fit_value(value, phi, obs, returns, config=Config()):
     The same step as the policy's: V is the mean of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is
     the Gauss-Newton matrix.  The step solves the linearised least squares as far as value_damping and value_cg_iters
     let it; it is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept only if
-    that error falls.  Returns of twice the size give a V of twice the size: it is fitted in a unit near their standard
-    deviation, or near its root mean squared error if that is larger: a power of 2, by which the last layer is divided
-    and multiplied without rounding.  No learning rate, no minibatches, no random numbers.
+    that error falls.  Returns are meant to deviate by about 1; if they, or V from them, do by more, V is fitted in that
+    unit, rounded to a power of 2, by which the last layer is divided and multiplied without rounding.  A unit below 1
+    would undo the damping where all returns are alike.  No learning rate, no minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1191,8 +1191,8 @@ def fit_value(value, phi, obs, returns, config=Config()):
     error = returns - _outputs(value, phi, acts)
     largest = _largest_over_ranks(float(max(np.abs(returns).max(), np.abs(error).max()))) or 1.0  # nothing overflows
     mse = _mean_over_ranks(np.square(error / largest).mean(dtype=np.float64), len(obs))
-    unit = largest * np.sqrt(max(_variance(returns[:, 0].astype(np.float64) / largest), mse)) or 1.0
-    unit = phi.dtype.type(np.exp2(np.round(np.log2(unit))))
+    unit = largest * np.sqrt(max(_variance(returns[:, 0].astype(np.float64) / largest), mse))
+    unit = phi.dtype.type(np.exp2(np.round(np.log2(max(unit, 1.0)))))
     phi[last_layer:] /= unit
     acts[-len(obs) :] /= unit
     returns = returns / unit
