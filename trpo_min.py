@@ -857,6 +857,13 @@ def _fvp(theta, v, sizes, acts, m, nvec, damping):
     return Fv + float(damping) * v
 
 
+def _product(a, b):
+    """a b by SciPy's BLAS, which _one_blas_thread holds to one thread: NumPy's has threads, and bits, of its own."""
+    if a.ndim * b.ndim == 0:
+        return a * b
+    return scipy.linalg.get_blas_funcs("gemm", (a, b))(1, a, b)
+
+
 def _kronecker_inverse(theta, sizes, acts, damping):
     """r -> roughly (F + damping I)^-1 r for a network of one output and M = 1: what speeds its conjugate gradients up.
 
@@ -871,20 +878,22 @@ def _kronecker_inverse(theta, sizes, acts, damping):
     def eigh(rows):
         if rows.shape[1] > 512:  # the diagonal alone: a decomposition takes the cube of the width
             return _mean_over_ranks(np.square(rows).mean(axis=0), n_rows), rows.dtype.type(1)
-        mean = _mean_over_ranks(rows.T @ rows / n_rows, n_rows)
-        return np.linalg.eigh(mean) if np.isfinite(mean).all() else (mean[0], mean)  # what is not finite, cg will find
+        mean = _mean_over_ranks(_product(rows.T, rows) / n_rows, n_rows)
+        return (
+            scipy.linalg.eigh(mean) if np.isfinite(mean).all() else (mean[0], mean)
+        )  # what is not finite, cg will find
 
     for layer in range(len(sizes) - 2, -1, -1):
         h = _rows(acts, sizes, layer, 0, n_rows)
         (a, U), (g, V) = eigh(np.column_stack((h, np.ones(n_rows, h.dtype)))), eigh(d)
         layers.append((U, V, np.outer(a, g) + a.dtype.type(damping)))
-        d = (d @ _layer(theta, sizes, layer)[0].T) * (1 - np.square(h))
+        d = _product(d, _layer(theta, sizes, layer)[0].T) * (1 - np.square(h))
 
     def inverse(r):
         parts, end = [], len(r)
         for U, V, eigenvalues in layers:  # the last layer first
             R = r[end - eigenvalues.size : end].reshape(eigenvalues.shape)
-            parts.append(np.dot(U, np.dot(np.dot(U.T, R), V) / eigenvalues).dot(V.T).ravel())
+            parts.append(_product(_product(U, _product(_product(U.T, R), V) / eigenvalues), V.T).ravel())
             end -= R.size
         return np.concatenate(parts[::-1])
 
