@@ -3795,6 +3795,12 @@ def test_misuse_under_mpirun_is_one_sentence_of_the_first_rank(argv, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_fails_of_misuse_so_that_no_other_ends_it_before_it_says_so(rank, tmp_path):
+    result = run(tm.__file__, "--gama", "1", cwd=tmp_path, PMI_RANK=str(rank), PMI_SIZE="2")
+    assert (result.returncode, len(result.stderr.splitlines())) == ((2, 1), (0, 0))[rank]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_without_mpi4py_are_told_its_extra_once(rank, tmp_path):
     script = "import sys; sys.modules['mpi4py'] = None; import trpo_min; sys.exit(trpo_min.main(['--env', 'A-v0']))"
     result = run("-c", script, cwd=tmp_path, PMI_RANK=str(rank), PMI_SIZE="2")

@@ -2597,7 +2597,10 @@ def main(argv=None):
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        mode, given = _parse(argv)
+        try:
+            mode, given = _parse(argv)
+        except SystemExit as misuse:
+            raise SystemExit(0 if rank else misuse.code) from None  # a code from this rank could end rank 0 too soon
         if "" not in sys.path:
             sys.path.append("")  # module:Name-v0 may be a file here
         if mode in ("eval", "plot") and rank:
