@@ -18,7 +18,7 @@ Each update maximises the surrogate L inside a trust region of the mean KL diver
     E6  step_length = sqrt(2 max_kl / step_dir^T F step_dir)
     E7  accept the first backtrack j with D <= max_kl and L > L(old)
     E8  generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438)
-    E9  the value function: least squares on the lambda-returns, by the same F v and conjugate gradients, preconditioned
+    E9  the value function: least squares on the lambda-returns, by the same F v and conjugate gradients
     E10 vine sampling: K actions in each of some states, A by short branch rollouts; w_n exp(...) self-normalised
     E11 eta(new) - eta(old) >= (L(new) - L(old) - 4 eps gamma max_s KL / (1 - gamma)) / (1 - gamma), eps = max |A|
 
@@ -234,7 +234,7 @@ class Config(NamedTuple):
     value_rollouts: Annotated[int, "[1, inf)", "newest rollouts that the value function is fitted to"] = 4
     value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 1
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
-    value_damping: Annotated[float, "(0, inf)", "damping of a value step"] = 0.01
+    value_damping: Annotated[float, "[0, inf)", "damping of a value step"] = 0.01
     value_cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per value step"] = 30
 
 
@@ -788,50 +788,42 @@ def _dot(a, b):
 
 
 @jit
-def _cg_step(x, r, p, Ap, rz):
-    """The step of an iteration on A x = b, in place: x, residual r = b - A x; direction p, Ap = A p, rz = r . z."""
+def _cg_step(x, r, p, Ap, rr):
+    """One iteration on A x = b, in place: x, residual r = b - A x, direction p, given Ap = A p and rr = r . r."""
     pAp = _dot(p, Ap)
     if not np.isfinite(pAp):
-        return NOT_FINITE
+        return rr, NOT_FINITE
     if pAp <= 0.0:
-        return NEGATIVE_CURVATURE
-    alpha = rz / pAp
+        return rr, NEGATIVE_CURVATURE
+    alpha = rr / pAp
     for k in range(x.size):
         x[k] += alpha * p[k]
         r[k] -= alpha * Ap[k]
-    return ITERATION_LIMIT
+    rr_new = _dot(r, r)
+    for k in range(x.size):
+        p[k] = r[k] + rr_new / rr * p[k]
+    return rr_new, ITERATION_LIMIT
 
 
-@jit
-def _cg_direction(p, z, beta):
-    """p <- z + beta p."""
-    for k in range(p.size):
-        p[k] = z[k] + beta * p[k]
-
-
-def _cg(matvec, b, max_iter, tol, precondition):
-    """x, the residual r = b - A x, iterations and status of cg; z = precondition(r) is roughly A^-1 r."""
-    x, r = np.zeros_like(b), b.copy()
-    z = precondition(r)
-    p, rr, rz = z.copy(), _dot(r, r), _dot(r, z)
+def _cg(matvec, b, max_iter, tol):
+    """x, the residual r = b - A x, iterations and status of cg."""
+    x, r, p = np.zeros_like(b), b.copy(), b.copy()
+    rr = _dot(r, r)
     stop, n_iter, status = tol * tol * rr, 0, ITERATION_LIMIT
     while rr > stop and n_iter < max_iter and status == ITERATION_LIMIT:
-        status = _cg_step(x, r, p, matvec(p), rz)
-        if status == ITERATION_LIMIT:
-            n_iter, z, rz_before, rr = n_iter + 1, precondition(r), rz, _dot(r, r)
-            rz = _dot(r, z)
-            _cg_direction(p, z, rz / rz_before)
+        rr, status = _cg_step(x, r, p, matvec(p), rr)
+        n_iter += status == ITERATION_LIMIT
     return x, r, n_iter, CONVERGED if rr <= stop else status
 
 
-def cg(matvec, b, max_iter=10, tol=1e-10, precondition=np.copy):
+def cg(matvec, b, max_iter=10, tol=1e-10):
     """E5: solve A x = b by conjugate gradients from x = 0, for a symmetric positive definite matvec(p) = A p.
 
     Stops at |b - A x| <= tol |b|, or after max_iter iterations, or, with x as it was before that iteration, at a
     direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in no iterations.
     residual_norm is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is; matvec has
-    to leave p as it is.  The closer precondition(r), linear, symmetric and positive definite too, is to A^-1 r, the
-    fewer iterations it takes.  Source: Hestenes and Stiefel 1952.
+    to leave p as it is.
+    Source: Hestenes and Stiefel 1952.
     """
     b = _finite("b", b, (None,))
     _check_number("max_iter", max_iter, int, "[0, inf)")
@@ -844,7 +836,7 @@ def cg(matvec, b, max_iter=10, tol=1e-10, precondition=np.copy):
             raise ValueError(f"matvec(p) must have the shape of p, {b.shape}, got {Ap.shape}")
         return Ap
 
-    x, r, n_iter, status = _cg(checked, b / scale, max_iter, tol, precondition)
+    x, r, n_iter, status = _cg(checked, b / scale, max_iter, tol)
     return CGResult(x * scale, np.sqrt(_dot(r, r)) * float(scale), n_iter, CG_STATUS[status])
 
 
@@ -857,50 +849,7 @@ def _fvp(theta, v, sizes, acts, m, nvec, damping):
     return Fv + float(damping) * v
 
 
-def _product(a, b):
-    """a b by SciPy's BLAS, which _one_blas_thread holds to one thread: NumPy's has threads, and bits, of its own."""
-    if a.ndim * b.ndim == 0:
-        return a * b
-    return scipy.linalg.get_blas_funcs("gemm", (a, b))(1, a, b)
-
-
-def _kronecker_inverse(theta, sizes, acts, damping):
-    """r -> roughly (F + damping I)^-1 r for a network of one output and M = 1: what speeds its conjugate gradients up.
-
-    The block of F of one layer, mean_n (h h^T) kron (d d^T) with the layer's inputs and a 1, h, and the output's
-    derivative by the layer's sums, d, is taken for the product of two means, (mean h h^T) kron (mean d d^T), which is
-    inverted with the damping by their eigenvectors; blocks off the diagonal are left out.  Eight iterations then come
-    as far as 20 to 30 do without.  Source: Martens and Grosse 2015, arXiv:1503.05671.
-    """
-    n_rows, layers = acts.size // int(sizes.sum()), []
-    d = np.ones((n_rows, 1), acts.dtype)
-
-    def eigh(rows):
-        if rows.shape[1] > 512:  # the diagonal alone: a decomposition takes the cube of the width
-            return _mean_over_ranks(np.square(rows).mean(axis=0), n_rows), rows.dtype.type(1)
-        mean = _mean_over_ranks(_product(rows.T, rows) / n_rows, n_rows)
-        return (
-            scipy.linalg.eigh(mean) if np.isfinite(mean).all() else (mean[0], mean)
-        )  # what is not finite, cg will find
-
-    for layer in range(len(sizes) - 2, -1, -1):
-        h = _rows(acts, sizes, layer, 0, n_rows)
-        (a, U), (g, V) = eigh(np.column_stack((h, np.ones(n_rows, h.dtype)))), eigh(d)
-        layers.append((U, V, np.outer(a, g) + a.dtype.type(damping)))
-        d = _product(d, _layer(theta, sizes, layer)[0].T) * (1 - np.square(h))
-
-    def inverse(r):
-        parts, end = [], len(r)
-        for U, V, eigenvalues in layers:  # the last layer first
-            R = r[end - eigenvalues.size : end].reshape(eigenvalues.shape)
-            parts.append(_product(_product(U, _product(_product(U.T, R), V) / eigenvalues), V.T).ravel())
-            end -= R.size
-        return np.concatenate(parts[::-1])
-
-    return inverse
-
-
-def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol, precondition=np.copy):
+def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
     """cg for (F + damping I) x = b: x, the residual's norm, iterations, status, and x^T F x without the damping.
 
     x^T F x = x . (b - r) - damping x . x costs no product; where that cancels four digits or more, it takes one.
@@ -909,7 +858,7 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol, precondition=
     def F(v, damping):
         return _fvp(theta, v, sizes, acts, m, nvec, damping)
 
-    x, r, n_iter, status = _cg(lambda p: F(p, damping), b, max_iter, tol, precondition)
+    x, r, n_iter, status = _cg(lambda p: F(p, damping), b, max_iter, tol)
     damped = damping * _dot(x, x)
     curvature = _dot(x, b) - _dot(x, r) - damped
     if curvature < 1e-4 * damped:
@@ -1049,7 +998,7 @@ def surrogate_grad(policy, theta, batch):
     return _surrogate_grad(policy, theta, _activations(theta, np.array(policy.sizes), batch.obs), batch)
 
 
-def _trust_region_step(net, params, acts, grad, objective, divergence, radius, longest, config, precondition=np.copy):
+def _trust_region_step(net, params, acts, grad, objective, divergence, radius, longest, config):
     """Uphill along (F + c I)^-1 grad as far as the quadratic model allows, then backtracking: E4 to E7.
 
     objective(mu) is a number, divergence(mu) (N,) of each row.  The step kept has a mean divergence <= radius and a
@@ -1059,7 +1008,7 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
     sizes, n_rows = np.array(net.sizes), acts.size // sum(net.sizes)
     obs, old = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), objective(_outputs(net, params, acts))
     step_dir, cg_residual, cg_iters, status, curvature = _solve(  # E4, E5
-        params, grad, *_fisher(net, params, acts), config.damping, config.cg_iters, config.cg_tol, precondition
+        params, grad, *_fisher(net, params, acts), config.damping, config.cg_iters, config.cg_tol
     )
     step = {"accepted": False, "kl": 0.0, "surrogate": old, "surrogate_old": old, "step_length": 0.0, "backtracks": 0}
     step |= {"curvature": curvature, "cg_iters": cg_iters, "cg_residual": cg_residual, "cg_status": CG_STATUS[status]}
@@ -1172,11 +1121,6 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     return adv, adv + values
 
 
-def _variance(x):
-    mean = _mean_over_ranks(x.mean(), len(x))
-    return _mean_over_ranks(np.square(x - mean).mean(), len(x))
-
-
 @_one_blas_thread()
 @np.errstate(all="ignore")  # as in trpo_update
 def fit_value(value, phi, obs, returns, config=Config()):
@@ -1185,9 +1129,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     The same step as the policy's: V is the mean of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is
     the Gauss-Newton matrix.  The step solves the linearised least squares as far as value_damping and value_cg_iters
     let it; it is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept only if
-    that error falls.  Returns are meant to deviate by about 1; if they, or V from them, do by more, V is fitted in that
-    unit, rounded to a power of 2, by which the last layer is divided and multiplied without rounding.  A unit below 1
-    would undo the damping where all returns are alike.  No learning rate, no minibatches, no random numbers.
+    that error falls.  No learning rate, no minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1195,16 +1137,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     if value.head != "value" or value.sizes[-1] != 1:
         raise ValueError(f"value must be a network with one output and the head 'value', got {value}")
     returns = _finite("returns", returns, (len(obs),), phi.dtype)[:, None]
-    sizes, phi, last_layer = np.array(value.sizes), phi.copy(), -value.sizes[-2] - 1
-    acts = _activations(phi, sizes, obs)
-    error = returns - _outputs(value, phi, acts)
-    largest = _largest_over_ranks(float(max(np.abs(returns).max(), np.abs(error).max()))) or 1.0  # nothing overflows
-    mse = _mean_over_ranks(np.square(error / largest).mean(dtype=np.float64), len(obs))
-    unit = largest * np.sqrt(max(_variance(returns[:, 0].astype(np.float64) / largest), mse))
-    unit = phi.dtype.type(np.exp2(np.round(np.log2(max(unit, 1.0)))))
-    phi[last_layer:] /= unit
-    acts[-len(obs) :] /= unit
-    returns = returns / unit
+    acts = _activations(phi, np.array(value.sizes), obs)
     solve = config._replace(damping=config.value_damping, cg_iters=config.value_cg_iters)
 
     def objective(new):
@@ -1217,13 +1150,10 @@ def fit_value(value, phi, obs, returns, config=Config()):
         def divergence(new, old=values):
             return np.square(new - old)[:, 0] / 2
 
-        radius, inverse = config.value_kl * -objective(values), _kronecker_inverse(phi, sizes, acts, solve.damping)
-        phi, acts, _, step = _trust_region_step(
-            value, phi, acts, grad, objective, divergence, radius, 1.0, solve, inverse
-        )
+        radius = config.value_kl * -objective(values)
+        phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, divergence, radius, 1.0, solve)
         if not step["accepted"]:  # nor would the next be
             break
-    phi[last_layer:] *= unit
     return phi
 
 
@@ -1759,6 +1689,11 @@ def _advantages(state, rollout, rewards):
     return gae(rewards, values, next_values, rollout.terminated, rollout.truncated, config.gamma, config.lam)
 
 
+def _variance(x):
+    mean = _mean_over_ranks(x.mean(), len(x))
+    return _mean_over_ranks(np.square(x - mean).mean(), len(x))
+
+
 def _vine_batch(policy, config, branches, adv):
     """E10: the first step of each branch; adv is Q - V with Q the lambda-return of the branch, closed with V."""
     obs, actions, mu, K = branches.obs[0], branches.actions[0], branches.mu[0], _n_actions(policy, config)
@@ -1782,7 +1717,7 @@ def _targets(state, rollout, branches, scale):
     return batch, obs, np.concatenate([returns, branch_returns[1:][later]]), explained
 
 
-def _anew(state, rollout, scale):
+def _reestimate(state, rollout, scale):
     """Observations of a rollout of before as state sees them, and its returns with state's value function."""
     T, E, D = rollout.obs.shape
     obs = normalize(state.obs_stats, rollout.raw_obs.reshape(T * E, D), rollout.obs.dtype).reshape(T, E, D)
@@ -1803,9 +1738,9 @@ def learn(state, rollout, branches=None, earlier=()):
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
     scale = _inverse_std(reward_stats)[0]
     batch, obs, returns, explained = _targets(state, rollout, branches, scale)
-    parts = [(obs, returns), *(_anew(state, each, scale) for each in earlier)]
+    parts = [(obs, returns), *(_reestimate(state, each, scale) for each in earlier)]
     obs, returns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    # ever smaller steps, so that the last evaluations do not fall as those of a constant max_kl do on Hopper
+    # ever smaller steps, so that the policy settles
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
     theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=left * config.max_kl))
     phi = fit_value(state.value, state.phi, obs, returns, config)
