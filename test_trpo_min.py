@@ -3494,7 +3494,9 @@ def test_an_update_of_several_ranks_is_that_of_one_process_on_the_joined_batch(c
         assert other.tobytes() == results[0][0].tobytes() and str(other_info) == str(results[0][1])
     assume(info.accepted == results[0][1].accepted)  # but for a tie, which rounding decides
     assume(info.grad_norm > 1e-6)  # that of equal actions in one state is 0 but for rounding, which has any direction
-    assert np.abs(results[0][0] - theta).max() <= 1e-10 * np.abs(theta).max()
+    # the ranks' sums round otherwise; CG that stops on its way amplifies 1e-16 by up to the square of a condition number
+    # of 1e4, and a share left out or weighed wrongly shows in the first digits
+    assert np.abs(results[0][0] - theta).max() <= 1e-8 * np.abs(theta).max()
     for name in ("kl", "kl_largest", "adv_largest", "entropy", "surrogate", "surrogate_old", "grad_norm", "curvature"):
         assert isclose(getattr(results[0][1], name), getattr(info, name), rtol=1e-8, atol=1e-12), name
 
@@ -3538,7 +3540,7 @@ def test_an_iteration_of_several_ranks_is_that_of_one_process_with_all_of_their_
     for other, _, other_explained in Ranks(R).run(lambda rank: tm.learn(state, rollouts[rank])):
         for name in ("theta", "phi"):
             mine, theirs = getattr(whole, name), getattr(other, name)
-            assert np.abs(mine - theirs).max() <= 1e-10 * np.abs(mine).max()
+            assert np.abs(mine - theirs).max() <= 1e-8 * np.abs(mine).max()  # CG amplifies rounding, see above
         for name in ("obs_stats", "reward_stats"):
             for mine, theirs in zip(getattr(whole, name), getattr(other, name), strict=True):
                 assert allclose(mine, theirs, 1e-12, 1e-12)
