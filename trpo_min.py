@@ -1126,10 +1126,12 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
 def fit_value(value, phi, obs, returns, config=Config()):
     """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
 
-    The same step as the policy's: V is the mean of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is
-    the Gauss-Newton matrix.  The step solves the linearised least squares as far as value_damping and value_cg_iters
-    let it; it is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept only if
-    that error falls.  No learning rate, no minibatches, no random numbers.
+    The output's bias takes the mean error first: with gamma near 1 the level of the returns rises for long, and a step
+    that had to follow it would fit nothing else.  What is left is for the same step as the policy's: V is the mean of a
+    Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  The step solves the
+    linearised least squares as far as value_damping and value_cg_iters let it; it is cut where the mean (dV)^2 / 2
+    would exceed value_kl times the mean squared error, and kept only if that error falls.  No learning rate, no
+    minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1138,6 +1140,8 @@ def fit_value(value, phi, obs, returns, config=Config()):
         raise ValueError(f"value must be a network with one output and the head 'value', got {value}")
     returns = _finite("returns", returns, (len(obs),), phi.dtype)[:, None]
     acts = _activations(phi, np.array(value.sizes), obs)
+    level = _mean_over_ranks(np.mean(returns - _outputs(value, phi, acts)), len(obs))
+    returns = returns - level
     solve = config._replace(damping=config.value_damping, cg_iters=config.value_cg_iters)
 
     def objective(new):
@@ -1154,6 +1158,8 @@ def fit_value(value, phi, obs, returns, config=Config()):
         phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, divergence, radius, 1.0, solve)
         if not step["accepted"]:  # nor would the next be
             break
+    phi = phi.copy()
+    phi[-1] += level
     return phi
 
 
