@@ -1908,9 +1908,30 @@ def test_a_feature_that_was_constant_is_not_blown_up_when_it_moves():
 def test_the_trust_region_falls_linearly_to_nothing_over_total_steps_or_stays(kl_schedule, left, monkeypatch):
     seen, update = [], tm.trpo_update
     monkeypatch.setattr(tm, "trpo_update", lambda *args: seen.append(args[-1].max_kl) or update(*args))
-    config = tm.Config(total_steps=400, rollout_steps=100, max_kl=0.03, kl_schedule=kl_schedule, hidden=(4,))
+    config = tm.Config(
+        total_steps=400, rollout_steps=100, max_kl=0.03, kl_schedule=kl_schedule, kl_memory=0.0, hidden=(4,)
+    )
     state = tm.train("CartPole-v1", config)
     assert allclose(seen, 0.03 * np.array(left)) and state.config == config
+
+
+@given(st.floats(0.01, 100.0), st.sampled_from([0.0, 0.5, 0.9]))
+def test_a_rollout_of_small_advantages_takes_the_kl_of_a_natural_gradient_that_is_not_rescaled(factor, memory):
+    """Of the step g F^-1 g that the mean square of the advantages before allowed: its KL goes with their square."""
+    envs = counters(2, AutoresetMode.SAME_STEP)
+    state, runner = start(envs, tm.Config(hidden=(4,), normalize_reward=False, kl_memory=memory))
+    rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 30)
+    state = state._replace(phi=np.zeros_like(state.phi))  # so that the advantages scale with the rewards
+    seen, update = [], tm.trpo_update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tm, "trpo_update", lambda *args: seen.append(args[-1].max_kl) or update(*args))
+        after = tm.learn(state, rollout)[0]
+        state = state._replace(updates=1, adv_power=after.adv_power)
+        again = tm.learn(state, rollout._replace(rewards=factor * rollout.rewards))[0]
+    assert seen[0] == state.config.max_kl
+    mean = memory + (1 - memory) * factor**2
+    assert isclose(again.adv_power, mean * after.adv_power, rtol=1e-9)
+    assert isclose(seen[1], state.config.max_kl * min(1.0, factor**2 / mean), rtol=1e-9)
 
 
 @given(st.sampled_from([0.1, 1.0, 1000.0]))

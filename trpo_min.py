@@ -224,6 +224,7 @@ class Config(NamedTuple):
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.02
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
+    kl_memory: Annotated[float, "[0, 1)", "decay of the mean size of advantages below which a step is shorter"] = 0.9
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
@@ -1650,6 +1651,7 @@ class TrainState(NamedTuple):
     obs_stats: RunningStats
     reward_stats: RunningStats
     rng_state: dict  # of the np.random.Generator
+    adv_power: float = 0.0  # running mean square of the advantages
     steps: int = 0  # environment steps taken
     updates: int = 0
     episodes: int = 0  # finished
@@ -1748,6 +1750,11 @@ def learn(state, rollout, branches=None, earlier=()):
     obs, returns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     # ever smaller steps, so that the policy settles
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
+    # The step of E5 is as long for noise as for news.  A batch with little to tell, as of a task that is solved and has
+    # no fall in it, takes the KL that the mean of the batches before allows: that of a natural gradient not rescaled.
+    power = _mean_over_ranks(np.mean(np.square(batch.adv)), len(batch.adv)) or 1.0
+    adv_power = power + config.kl_memory * (state.adv_power - power) if state.updates else power
+    left *= min(1.0, power / adv_power)
     theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=left * config.max_kl))
     phi = fit_value(state.value, state.phi, obs, returns, config)
     if config.normalize_obs:
@@ -1760,6 +1767,7 @@ def learn(state, rollout, branches=None, earlier=()):
         phi=phi,
         obs_stats=obs_stats,
         reward_stats=reward_stats,
+        adv_power=adv_power,
         steps=state.steps + _sum_over_ranks(steps),
         updates=state.updates + 1,
         episodes=state.episodes + len(episodes),
