@@ -212,7 +212,7 @@ class Config(NamedTuple):
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments and ranks"] = 1024
     normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
     normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
-    gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.99
+    gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.995
     lam: Annotated[float, "[0, 1]", "lambda of the advantage estimator: 0 TD error, 1 Monte Carlo"] = 0.95
     sampling: Annotated[str, "single_path vine", "what advantages come from: the steps taken, or branches off them"] = (
         "single_path"
@@ -224,7 +224,7 @@ class Config(NamedTuple):
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.02
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
-    kl_memory: Annotated[float, "[0, 1)", "decay of the mean size of advantages below which a step is shorter"] = 0.9
+    kl_memory: Annotated[float, "[0, 1)", "decay of the mean size of advantages below which a step is shorter"] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
@@ -235,7 +235,7 @@ class Config(NamedTuple):
     value_rollouts: Annotated[int, "[1, inf)", "newest rollouts that the value function is fitted to"] = 4
     value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 1
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
-    value_damping: Annotated[float, "[0, inf)", "damping of a value step"] = 0.01
+    value_damping: Annotated[float, "[0, inf)", "damping of a value step, over the variance of the returns"] = 0.03
     value_cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per value step"] = 30
 
 
@@ -1129,10 +1129,10 @@ def fit_value(value, phi, obs, returns, config=Config()):
 
     The output's bias takes the mean error first: with gamma near 1 the level of the returns rises for long, and a step
     that had to follow it would fit nothing else.  What is left is for the same step as the policy's: V is the mean of a
-    Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  The step solves the
-    linearised least squares as far as value_damping and value_cg_iters let it; it is cut where the mean (dV)^2 / 2
-    would exceed value_kl times the mean squared error, and kept only if that error falls.  No learning rate, no
-    minibatches, no random numbers.
+    Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
+    value_damping times the variance of the returns: the hidden layers' part of F goes with that, by the last layer's
+    weights.  The step is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept
+    only if that error falls.  No learning rate, no minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1143,7 +1143,8 @@ def fit_value(value, phi, obs, returns, config=Config()):
     acts = _activations(phi, np.array(value.sizes), obs)
     level = _mean_over_ranks(np.mean(returns - _outputs(value, phi, acts)), len(obs))
     returns = returns - level
-    solve = config._replace(damping=config.value_damping, cg_iters=config.value_cg_iters)
+    damping = config.value_damping * _variance(returns[:, 0])
+    solve = config._replace(damping=damping, cg_iters=config.value_cg_iters)
 
     def objective(new):
         return -float(_mean_over_ranks(np.mean(np.square(returns - new)), len(obs)))
@@ -1523,7 +1524,7 @@ def _check_rewards(rewards):
 
 
 @_one_blas_thread()
-def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.99, n_saved=0):
+def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n_saved=0):
     """n_steps of every environment under theta, from where runner stands: returns (Rollout, Runner).
 
     The rows are those of a serial loop in each environment, whatever the autoreset mode.  obs_stats stays as it is.
