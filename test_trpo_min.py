@@ -3525,19 +3525,20 @@ def part(batch, rows):
 def test_an_update_of_several_ranks_is_that_of_one_process_on_the_joined_batch(case, group, data):
     case, batch = grouped(mild(case), group)
     cuts = data.draw(shares(len(case.obs) // group))
-    theta, info = tm.trpo_update(case.policy, case.theta, batch)
+    # solved to the end: a solve that stops on its way amplifies the rounding of the ranks' sums without a useful bound
+    config = tm.Config(cg_iters=500, cg_tol=1e-9)
+    theta, info = tm.trpo_update(case.policy, case.theta, batch, config)
     results = Ranks(len(cuts)).run(
-        lambda rank: tm.trpo_update(case.policy, case.theta, part(batch, cuts[rank]), tm.Config())
+        lambda rank: tm.trpo_update(case.policy, case.theta, part(batch, cuts[rank]), config)
     )
     for other, other_info in results:
         assert other.tobytes() == results[0][0].tobytes() and str(other_info) == str(results[0][1])
     assume(info.accepted == results[0][1].accepted)  # but for a tie, which rounding decides
     assume(info.grad_norm > 1e-6)  # that of equal actions in one state is 0 but for rounding, which has any direction
-    # the ranks' sums round otherwise; CG that stops on its way amplifies 1e-16 by up to the square of a condition
-    # number of 1e4, and a share left out or weighed wrongly shows in the first digits
-    assert np.abs(results[0][0] - theta).max() <= 1e-8 * np.abs(theta).max()
+    # two residuals of 1e-9 over a damping of 0.1, F up to 100; a share left out shows in the first digits
+    assert np.abs(results[0][0] - theta).max() <= 1e-6 * np.abs(theta).max()
     for name in ("kl", "kl_largest", "adv_largest", "entropy", "surrogate", "surrogate_old", "grad_norm", "curvature"):
-        assert isclose(getattr(results[0][1], name), getattr(info, name), rtol=1e-8, atol=1e-12), name
+        assert isclose(getattr(results[0][1], name), getattr(info, name), rtol=1e-6, atol=1e-9), name
 
 
 @given(cases(), st.data())
