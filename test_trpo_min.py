@@ -1929,12 +1929,20 @@ def test_a_rollout_of_small_advantages_takes_the_kl_of_a_natural_gradient_that_i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tm, "trpo_update", lambda *args: seen.append(args[-1].max_kl) or update(*args))
         after = tm.learn(state, rollout)[0]
-        state = state._replace(updates=1, adv_power=after.adv_power)
+        state = state._replace(adv_power=after.adv_power)
         again = tm.learn(state, rollout._replace(rewards=factor * rollout.rewards))[0]
     assert seen[0] == state.config.max_kl
     mean = memory + (1 - memory) * factor**2
     assert isclose(again.adv_power, mean * after.adv_power, rtol=1e-9)
     assert isclose(seen[1], state.config.max_kl * min(1.0, factor**2 / mean), rtol=1e-9)
+
+
+def test_rollouts_without_any_advantage_leave_the_trust_region_and_what_it_is_held_against_alone():
+    state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,)))[0]
+    for power in (0.0, 4.0):
+        state = state._replace(adv_power=power)
+        assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, state.config.kl_memory * power)
+    assert tm._trust_region(state._replace(adv_power=0.0), np.full(10, 0.1))[0] == state.config.max_kl
 
 
 @given(st.sampled_from([0.1, 1.0, 1000.0]))

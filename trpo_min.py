@@ -224,7 +224,7 @@ class Config(NamedTuple):
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.02
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
-    kl_memory: Annotated[float, "[0, 1)", "decay of the mean size of advantages below which a step is shorter"] = 0.95
+    kl_memory: Annotated[float, "[0, 1)", "decay of the mean square of advantages below which max_kl shrinks"] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
@@ -1734,6 +1734,21 @@ def _reestimate(state, rollout, scale):
     return obs[rollout.real], returns[rollout.real]
 
 
+def _trust_region(state, adv):
+    """max_kl of an update on advantages adv, and their running mean square P.
+
+    max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is below 1.
+    The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails, full steps
+    on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with the
+    advantages, and its KL with their square.
+    """
+    config = state.config
+    left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
+    power = _mean_over_ranks(np.mean(np.square(adv)), len(adv))
+    mean = power + config.kl_memory * (state.adv_power - power) if state.adv_power else power
+    return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), mean
+
+
 def learn(state, rollout, branches=None, earlier=()):
     """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
 
@@ -1749,14 +1764,8 @@ def learn(state, rollout, branches=None, earlier=()):
     batch, obs, returns, explained = _targets(state, rollout, branches, scale)
     parts = [(obs, returns), *(_reestimate(state, each, scale) for each in earlier)]
     obs, returns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    # ever smaller steps, so that the policy settles
-    left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
-    # The step of E5 is as long for noise as for news.  A batch with little to tell, as of a task that is solved and has
-    # no fall in it, takes the KL that the mean of the batches before allows: that of a natural gradient not rescaled.
-    power = _mean_over_ranks(np.mean(np.square(batch.adv)), len(batch.adv)) or 1.0
-    adv_power = power + config.kl_memory * (state.adv_power - power) if state.updates else power
-    left *= min(1.0, power / adv_power)
-    theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=left * config.max_kl))
+    max_kl, adv_power = _trust_region(state, batch.adv)
+    theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl))
     phi = fit_value(state.value, state.phi, obs, returns, config)
     if config.normalize_obs:
         obs_stats = update_stats(obs_stats, rollout.raw_obs[real])
