@@ -1737,10 +1737,10 @@ def _reestimate(state, rollout, scale):
 def _trust_region(state, adv):
     """max_kl of an update on advantages adv, and their running mean square P.
 
-    max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is below 1.
-    The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails, full steps
-    on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with the
-    advantages, and its KL with their square.
+    max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is less
+    than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
+    full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
+    the advantages, and its KL with their square.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
