@@ -1933,7 +1933,7 @@ def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(f
     assert seen[0] == state.config.max_kl
     mean = memory + (1 - memory) * factor**2
     assert isclose(again.adv_power, mean * after.adv_power, rtol=1e-9)
-    assert isclose(seen[1], state.config.max_kl * min(1.0, factor / mean**0.5), rtol=1e-9)
+    assert isclose(seen[1], state.config.max_kl * min(1.0, factor**2 / mean), rtol=1e-9)
 
 
 def test_rollouts_without_any_advantage_leave_the_trust_region_and_what_it_is_held_against_alone():

@@ -222,9 +222,9 @@ class Config(NamedTuple):
     ] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
-    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
+    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.04
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
-    kl_memory: Annotated[float, "[0, 1)", "decay of the mean size of advantages below which max_kl shrinks"] = (
+    kl_memory: Annotated[float, "[0, 1)", "decay of the mean square of advantages below which max_kl shrinks"] = (
         0.95
     )
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
@@ -1739,16 +1739,16 @@ def _reestimate(state, rollout, scale):
 def _trust_region(state, adv):
     """max_kl of an update on advantages adv, and their running mean square P.
 
-    max_kl falls with the steps that are left, so that the policy settles, and with the size of the advantages where
-    their root mean square is less than sqrt P.  The step of E6 is as long for noise as for news: where a task is solved
-    and no episode of a rollout fails, full steps on what is left of the advantages lead away again.  The KL of a
-    natural gradient step of fixed rate goes with their square, that of E6 is max_kl; this is half way between them.
+    max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is less
+    than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
+    full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
+    the advantages, and its KL with their square.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
     power = _mean_over_ranks(np.mean(np.square(adv)), len(adv))
     mean = power + config.kl_memory * (state.adv_power - power) if state.adv_power else power
-    return left * config.max_kl * (min(1.0, power / mean) ** 0.5 if power else 1.0), mean
+    return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), mean
 
 
 def learn(state, rollout, branches=None, earlier=()):
