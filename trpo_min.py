@@ -224,9 +224,7 @@ class Config(NamedTuple):
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.04
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
-    kl_memory: Annotated[float, "[0, 1)", "decay of the mean square of advantages below which max_kl shrinks"] = (
-        0.95
-    )
+    kl_memory: Annotated[float, "[0, 1)", "decay of the mean square of advantages below which max_kl shrinks"] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
