@@ -1286,8 +1286,10 @@ def test_returns_that_are_all_higher_move_the_bias_of_the_value_function_and_not
     returns = dense_forward(*case[:3])[:, 0] + case.rng.normal(size=len(case.obs))
     config = tm.Config(value_kl=1e3)  # far inside the trust region: rounding decides which side of its edge a step is
     low, high = (tm.fit_value(*case[:3], returns + more, config) for more in (0.0, height))
-    # the errors differ by eps x 1e3, and the step of each is at most 1 / value_damping times J as long
-    size = 100 * EPS * (1e3 + np.abs(returns).max()) * (1 + np.abs(dense_jacobian(*case[:3])).max() / 0.01)
+    assume(np.var(returns) > 1e-3)
+    # the errors differ by eps x 1e3, and the step of each is at most J over the damping as long
+    damping = config.value_damping * np.var(returns)
+    size = 100 * EPS * (1e3 + np.abs(returns).max()) * (1 + np.abs(dense_jacobian(*case[:3])).max() / damping)
     assert np.abs(high[:-1] - low[:-1]).max() <= size and isclose(high[-1] - low[-1], height, rtol=1e-9, atol=size)
 
 
@@ -3573,7 +3575,8 @@ def test_a_value_fit_of_several_ranks_is_that_of_all_rows(case, data):
 @given(st.integers(2, 3), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
 def test_an_iteration_of_several_ranks_is_that_of_one_process_with_all_of_their_environments(R, E, n_steps, seed):
     envs = [counters(E, AutoresetMode.NEXT_STEP, rank * E) for rank in range(R)]
-    config, rng = tm.Config(rollout_steps=n_steps), np.random.default_rng(seed)
+    solved = {"cg_iters": 500, "cg_tol": 1e-9, "value_cg_iters": 500, "value_damping": 0.1}  # to the end
+    config, rng = tm.Config(rollout_steps=n_steps, **solved), np.random.default_rng(seed)
     policy = tm.make_policy(envs[0].single_observation_space, envs[0].single_action_space, (8,))
     state = tm.init_state("Counter", policy, config, seed)
     rollouts = []
@@ -3589,7 +3592,7 @@ def test_an_iteration_of_several_ranks_is_that_of_one_process_with_all_of_their_
     for other, _, other_explained in Ranks(R).run(lambda rank: tm.learn(state, rollouts[rank])):
         for name in ("theta", "phi"):
             mine, theirs = getattr(whole, name), getattr(other, name)
-            assert np.abs(mine - theirs).max() <= 1e-8 * np.abs(mine).max()  # CG amplifies rounding, see above
+            assert np.abs(mine - theirs).max() <= 1e-6 * np.abs(mine).max()  # as of one update
         for name in ("obs_stats", "reward_stats"):
             for mine, theirs in zip(getattr(whole, name), getattr(other, name), strict=True):
                 assert allclose(mine, theirs, 1e-12, 1e-12)

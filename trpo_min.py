@@ -1122,6 +1122,11 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     return adv, adv + values
 
 
+def _variance(x):
+    mean = _mean_over_ranks(x.mean(), len(x))
+    return _mean_over_ranks(np.square(x - mean).mean(), len(x))
+
+
 @_one_blas_thread()
 @np.errstate(all="ignore")  # as in trpo_update
 def fit_value(value, phi, obs, returns, config=Config()):
@@ -1696,11 +1701,6 @@ def _advantages(state, rollout, rewards):
         next_values[t, e] = final_value
     config = state.config
     return gae(rewards, values, next_values, rollout.terminated, rollout.truncated, config.gamma, config.lam)
-
-
-def _variance(x):
-    mean = _mean_over_ranks(x.mean(), len(x))
-    return _mean_over_ranks(np.square(x - mean).mean(), len(x))
 
 
 def _vine_batch(policy, config, branches, adv):
