@@ -1920,29 +1920,33 @@ def test_the_trust_region_falls_linearly_to_nothing_over_total_steps_or_stays(kl
     assert allclose(seen, 0.03 * np.array(left)) and state.config == config
 
 
-@given(st.floats(0.01, 100.0), st.sampled_from([0.0, 0.5, 0.9]))
-def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(factor, memory):
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.75]))
+def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(factors, memory):
+    """Before is the plain mean of the rollouts while these are few, and then an exponentially weighted one."""
     envs = counters(2, AutoresetMode.SAME_STEP)
-    state, runner = start(envs, tm.Config(hidden=(4,), normalize_reward=False, kl_memory=memory))
+    config = tm.Config(hidden=(4,), normalize_reward=False, kl_schedule="constant", kl_memory=memory)
+    state, runner = start(envs, config)
     rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 30)
-    state = state._replace(phi=np.zeros_like(state.phi))  # so that the advantages scale with the rewards
-    seen, update = [], tm.trpo_update
+    theta, phi = state.theta, np.zeros_like(state.phi)
+    seen, powers, update = [], [], tm.trpo_update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tm, "trpo_update", lambda *args: seen.append(args[-1].max_kl) or update(*args))
-        after = tm.learn(state, rollout)[0]
-        state = state._replace(adv_power=after.adv_power)
-        again = tm.learn(state, rollout._replace(rewards=factor * rollout.rewards))[0]
-    assert seen[0] == state.config.max_kl
-    mean = memory + (1 - memory) * factor**2
-    assert isclose(again.adv_power, mean * after.adv_power, rtol=1e-9)
-    assert isclose(seen[1], state.config.max_kl * min(1.0, factor**2 / mean), rtol=1e-9)
+        for factor in (1.0, *factors):  # with V = 0 the advantages scale with the rewards
+            state = tm.learn(state._replace(theta=theta, phi=phi), rollout._replace(rewards=factor * rollout.rewards))[0]
+            powers.append(state.adv_power)
+    squares, window = np.square([1.0, *factors]), round(1 / (1 - memory))
+    for n, (max_kl, power) in enumerate(zip(seen, powers, strict=True), 1):
+        age = np.arange(n)[::-1].clip(0, max(n - window, 0))
+        weights = memory**age / min(n, window)
+        assert isclose(power, weights @ squares[:n] * powers[0], rtol=1e-9)
+        assert isclose(max_kl, state.config.max_kl * min(1.0, squares[n - 1] * powers[0] / power), rtol=1e-9)
 
 
-def test_rollouts_without_any_advantage_leave_the_trust_region_and_what_it_is_held_against_alone():
+def test_rollouts_without_any_advantage_leave_the_trust_region_alone():
     state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,)))[0]
-    for power in (0.0, 4.0):
-        state = state._replace(adv_power=power)
-        assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, state.config.kl_memory * power)
+    assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, 0.0)
+    state = state._replace(adv_power=4.0, updates=1000)
+    assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, state.config.kl_memory * 4.0)
     assert tm._trust_region(state._replace(adv_power=0.0), np.full(10, 0.1))[0] == state.config.max_kl
 
 

@@ -232,11 +232,11 @@ class Config(NamedTuple):
     cg_tol: Annotated[float, "[0, 1)", "stop a solve at this residual relative to the right-hand side"] = 0.01
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
-    value_rollouts: Annotated[int, "[1, inf)", "newest rollouts that the value function is fitted to"] = 4
-    value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 1
+    value_rollouts: Annotated[int, "[1, inf)", "newest rollouts that the value function is fitted to"] = 2
+    value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 2
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
     value_damping: Annotated[float, "[0, inf)", "damping of a value step, over the variance of the returns"] = 0.03
-    value_cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per value step"] = 30
+    value_cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per value step"] = 15
 
 
 _FIELDS = typing.get_type_hints(Config, include_extras=True)
@@ -1740,12 +1740,13 @@ def _trust_region(state, adv):
     max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is less
     than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
     full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
-    the advantages, and its KL with their square.
+    the advantages, and its KL with their square.  P is the plain mean while that is of few rollouts, so that a short
+    run is not held against its first one to the end.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
     power = _mean_over_ranks(np.mean(np.square(adv)), len(adv))
-    mean = power + config.kl_memory * (state.adv_power - power) if state.adv_power else power
+    mean = power + min(config.kl_memory, 1 - 1 / (state.updates + 1)) * (state.adv_power - power)
     return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), mean
 
 
