@@ -1932,7 +1932,8 @@ def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(f
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tm, "trpo_update", lambda *args: seen.append(args[-1].max_kl) or update(*args))
         for factor in (1.0, *factors):  # with V = 0 the advantages scale with the rewards
-            state = tm.learn(state._replace(theta=theta, phi=phi), rollout._replace(rewards=factor * rollout.rewards))[0]
+            scaled = rollout._replace(rewards=factor * rollout.rewards)
+            state, *_ = tm.learn(state._replace(theta=theta, phi=phi), scaled)
             powers.append(state.adv_power)
     squares, window = np.square([1.0, *factors]), round(1 / (1 - memory))
     for n, (max_kl, power) in enumerate(zip(seen, powers, strict=True), 1):
