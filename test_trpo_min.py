@@ -1261,7 +1261,7 @@ def test_a_short_value_step_is_the_dense_damped_gauss_newton_step(case, damping)
     step = np.linalg.solve(F, b)
     predicted, actual = (dense_forward(case.policy, case.theta + step, case.obs)[:, 0] - old, J @ step)
     assume(np.linalg.norm(predicted - actual) <= 0.01 * np.linalg.norm(actual))  # short enough to be kept whole
-    config = tm.Config(value_kl=1e3, value_damping=damping / variance, value_cg_iters=300, cg_tol=1e-9)
+    config = tm.Config(value_iters=1, value_kl=1e3, value_damping=damping / variance, value_cg_iters=300, cg_tol=1e-9)
     phi = tm.fit_value(case.policy, case.theta, case.obs, old + error, config)
     # the residual that cg may leave, and rounding of F x, of the error as a difference of values, and of phi
     residual = 1e-9 * np.linalg.norm(b) + 1e3 * EPS * np.linalg.norm(F, 2) * np.linalg.norm(step)
@@ -1274,7 +1274,7 @@ def test_a_value_step_of_one_conjugate_gradient_iteration_goes_along_the_gradien
     old, J = dense_forward(*case[:3])[:, 0], dense_jacobian(*case[:3])[:, 0]
     error = case.rng.normal(size=len(old))
     error -= error.mean()  # the bias would take it
-    config = tm.Config(value_cg_iters=1, cg_tol=0.0)
+    config = tm.Config(value_iters=1, value_cg_iters=1, cg_tol=0.0)
     step, gradient = tm.fit_value(*case[:3], old + error, config) - case.theta, J.T @ error
     lengths = np.linalg.norm(step), np.linalg.norm(gradient)
     assume(lengths[0] > 1e-3 * (1 + np.linalg.norm(case.theta)) and lengths[1] > 1e-3)  # more than its rounding
@@ -1284,7 +1284,9 @@ def test_a_value_step_of_one_conjugate_gradient_iteration_goes_along_the_gradien
 @given(cases(heads=("value",), scales=(0.1, 0.5), max_rows=50, wide=8), st.floats(-1e3, 1e3))
 def test_returns_that_are_all_higher_move_the_bias_of_the_value_function_and_nothing_else(case, height):
     returns = dense_forward(*case[:3])[:, 0] + case.rng.normal(size=len(case.obs))
-    config = tm.Config(value_kl=1e3)  # far inside the trust region: rounding decides which side of its edge a step is
+    config = tm.Config(
+        value_iters=1, value_kl=1e3
+    )  # far inside the trust region: rounding decides which side of its edge a step is
     low, high = (tm.fit_value(*case[:3], returns + more, config) for more in (0.0, height))
     assume(np.var(returns) > 1e-3)
     # the errors differ by eps x 1e3, and the step of each is at most J over the damping as long
