@@ -222,7 +222,7 @@ class Config(NamedTuple):
     ] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
-    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.04
+    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     kl_memory: Annotated[float, "[0, 1)", "decay of the mean square of advantages below which max_kl shrinks"] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
