@@ -24,6 +24,7 @@ import sys
 import termios
 import threading
 import time
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -268,15 +269,21 @@ def test_the_first_parameters_are_orthogonal_and_those_of_the_last_layer_small(c
     assert allclose(np.exp(log_std), min(1.0, 2.4 / case.policy.sizes[-1]), rtol=4 * EPS)
 
 
-def test_the_first_deviations_in_halves_of_the_ranges_add_up_to_init_std_with_none_above_one():
-    low, high = (-1.0, 0.0, -np.inf, -3.4e38, 2.0), (1.0, 20.0, np.inf, 3.4e38, 2.0)
-    box = spaces.Box(np.array(low), np.array(high), dtype=np.float64)
-    policy = tm.make_policy(spaces.Box(-1, 1, (3,)), box, (4,))
-    _, log_std = layers(policy, tm.init_params(policy, np.random.default_rng(0), init_std=1.5))
-    assert np.exp(log_std) == pytest.approx([0.3, 3.0, 0.3, 0.3, 0.3], rel=4 * EPS)
-    for init_std, sigma in ((2.5, 0.5), (50.0, 1.0)):
+def test_the_first_deviations_add_up_to_init_std_with_none_above_one():
+    policy = tm.make_policy(spaces.Box(-1, 1, (3,)), spaces.Box(-5, 20, (5,)), (4,))
+    for init_std, sigma in ((1.5, 0.3), (2.5, 0.5), (50.0, 1.0)):
         state = tm.init_state("", policy, tm.Config(hidden=(4,), init_std=init_std), seed=0)
-        assert np.exp(layers(policy, state.theta)[1])[:2] == pytest.approx([sigma, 10 * sigma], rel=4 * EPS)
+        assert allclose(np.exp(layers(policy, state.theta)[1]), sigma, rtol=4 * EPS)
+
+
+@given(st.floats(-1e4, 1e4), st.floats(1e-3, 1e5), st.floats(-3, 3))
+def test_actions_count_in_halves_of_their_range_from_its_middle_and_as_they_are_without_one(low, width, action):
+    lows, highs = (low, -np.inf, low, -np.inf, -3.4e38), (low + width, np.inf, np.inf, low, 3.4e38)
+    box = spaces.Box(np.array(lows), np.array(highs), dtype=np.float64)
+    policy = tm.make_policy(spaces.Box(-1, 1, (3,)), box, (4,))
+    sent = tm._env_actions(policy, np.full((2, 5), action))[0]
+    assert isclose(sent[0], np.interp(action, [-1, 1], [low, low + width]), rtol=0, atol=8 * EPS * (abs(low) + width))
+    assert (sent[1:] == [action, max(action, low), min(action, low), action]).all()
 
 
 def test_tanh_has_six_eps_of_relative_error_and_is_odd_and_passes_nan_on():
@@ -695,6 +702,17 @@ def test_entropy_is_minus_the_mean_log_prob_of_a_gaussian(policy, seed):
         log_p = tm.log_prob(one, np.tile(np.c_[mean, log_std], (3, 1)), mean + np.exp(log_std) * nodes[:, None])
         total -= weights @ log_p / np.sqrt(2 * np.pi)
     assert isclose(tm.entropy(policy, mu), total, rtol=1e-10, atol=1e-10)
+
+
+def test_score_takes_memory_for_what_it_returns_and_not_for_the_square_of_the_choices():
+    policy, rng = tm.Policy((1, 3000), "categorical", (3000,)), np.random.default_rng(0)
+    mu = rng.normal(size=(4, 3000))
+    actions = tm.sample(policy, mu, rng)
+    tracemalloc.start()
+    score = tm.score(policy, mu, actions)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 10 * score.nbytes
 
 
 @given(heads, seeds)
@@ -2482,6 +2500,40 @@ def test_an_environment_that_reuses_its_observation_bootstraps_from_its_true_las
     assert (rollout.raw_obs[:, 0, 0] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]).all()
 
 
+class Precise(Counter):
+    """With observations in float64, which need no copy to be the policy's."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    def _obs(self):
+        return super()._obs().astype(np.float64)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vector_environments_that_reuse_their_observations_train_to_the_bits_of_those_that_do_not(mode):
+    config = tm.Config(hidden=(4,), total_steps=240, rollout_steps=40, value_rollouts=3)
+    one, other = (
+        tm.train(SyncVectorEnv([Precise, lambda: Precise(1)], copy=copy, autoreset_mode=mode), config)
+        for copy in (True, False)
+    )
+    assert same(one, other) and one.updates > 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "step"),
+    [("float32", 1e39, 0), ("float64", np.inf, 0), ("float64", np.nan, 0), ("float64", np.inf, 50)],
+)
+def test_observations_that_are_not_finite_in_the_type_of_the_policy_are_refused(dtype, size, step):
+    """Also once there are statistics, and infinity would be cut to 10 deviations."""
+
+    class Large(Precise):
+        def _obs(self):
+            return np.full(2, size if len(self.seen) == step else len(self.seen))
+
+    with pytest.raises(ValueError, match="an observation with NaN or infinity"):
+        tm.train(Large, tm.Config(dtype=dtype, hidden=(4,), num_envs=1, rollout_steps=40))
+
+
 @pytest.mark.parametrize("env", [5, lambda: None, "NoSuchEnvironment-v0"])
 def test_what_is_no_environment_is_refused_in_one_sentence(env, trained):
     for use in (lambda: tm.train(env), lambda: tm.evaluate(trained, env)):
@@ -2522,6 +2574,14 @@ def test_environments_in_processes_of_their_own_give_the_bits_of_those_in_this_o
     assert same(here._replace(config=None), there._replace(config=None))
     with pytest.raises(ValueError, match="needs an id, or a callable"):
         tm.train(gym.make("CartPole-v1"), config._replace(vector="async"))
+
+
+def test_an_environment_whose_spec_does_not_pickle_trains_in_processes_too(monkeypatch):
+    spec = gym.envs.registration.EnvSpec("Made-v0", entry_point=lambda: Counter(), max_episode_steps=20)
+    monkeypatch.setitem(gym.registry, "Made-v0", spec)
+    config = tm.Config(hidden=(4,), total_steps=80, rollout_steps=40, num_envs=2)
+    here, there = (tm.train("Made-v0", config._replace(vector=vector)) for vector in ("sync", "async"))
+    assert same(here._replace(config=None), there._replace(config=None)) and there.env == "Made-v0"
 
 
 def test_an_environment_may_be_an_id_or_an_env_or_a_vector_env_or_a_callable():
@@ -2970,6 +3030,17 @@ def test_weights_of_any_scale_give_the_same_step():
         assert np.abs(one - other).max() <= 1e-6 * np.abs(one - case.theta).max()
 
 
+def test_rows_without_weight_change_nothing_whatever_their_advantages():
+    case = fixed_case("gaussian")
+    batch = make_batch(case)
+    weights, adv = np.ones(len(batch.adv)), 1e-10 * batch.adv
+    weights[::3] = 0
+    one, info = tm.trpo_update(case.policy, case.theta, batch._replace(adv=adv, weights=weights))
+    adv[::3] = 1e300
+    other, _ = tm.trpo_update(case.policy, case.theta, batch._replace(adv=adv, weights=weights))
+    assert info.accepted and (one == other).all()
+
+
 @pytest.mark.parametrize("head", ["categorical", "gaussian"])
 def test_in_groups_no_scale_of_the_weights_of_a_state_changes_the_step(head):
     case, batch = grouped(fixed_case(head), 3)
@@ -3352,6 +3423,15 @@ def test_an_error_before_the_first_update_takes_nothing_away_but_what_the_run_ma
         assert tm.main(["--resume", str(run_folder / name)]) == 2
     assert tm.main(["--env", "CartPole-v1", "--total-steps", "3", "--out", str(tmp_path / "new"), "--quiet"]) == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_an_error_before_the_first_update_leaves_an_empty_folder_runs_that_is_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert tm.main(["--env", "CartPole-v1", "--total-steps", "3", "--out", "new", "--quiet"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert tm.main(["--env", "CartPole-v1", "--total-steps", "3", "--quiet"]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_is_not_trained_on_with_other_spaces_or_another_network(trained):
@@ -3939,6 +4019,12 @@ def test_learning_curves_have_a_panel_for_each_environment_and_a_band_for_severa
     band = first.collections[0].get_paths()[0].vertices
     at_the_end = band[np.isclose(band[:, 0], steps[-1]), 1]
     assert (at_the_end.min(), at_the_end.max()) == pytest.approx((low, high), rel=1e-9)
+    main("--env", "CartPole-v1", *QUICK, "--total-steps", 400, "--out", tmp_path / "short")
+    main("--plot", tmp_path / "c0", tmp_path / "short", "--out", tmp_path / "curves.png")
+    assert [line.get_label()[:23] for line in figures[1].axes[0].lines] == [
+        "total_steps 800: 1 run,",
+        "total_steps 400: 1 run,",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ class Config(NamedTuple):
     hidden: Annotated[tuple[int, ...], "[1, inf)", "widths of the hidden layers of both networks, units"] = (64, 64)
     dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
     init_std: Annotated[
-        float, "(0, inf)", "sum of the first deviations of Gaussian actions, each 1 at most, in halves of their ranges"
+        float, "(0, inf)", "first sigma of A actions is min(1, init_std / A), in halves of the action's range"
     ] = 2.4
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
@@ -224,7 +224,9 @@ class Config(NamedTuple):
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
-    kl_memory: Annotated[float, "[0, 1)", "decay of the mean square of advantages below which max_kl shrinks"] = 0.95
+    kl_memory: Annotated[
+        float, "[0, 1)", "decay of the mean square of the advantages; max_kl shrinks while theirs is smaller"
+    ] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
@@ -233,7 +235,9 @@ class Config(NamedTuple):
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
     value_rollouts: Annotated[int, "[1, inf)", "newest rollouts that the value function is fitted to"] = 2
-    value_iters: Annotated[int, "[0, inf)", "Gauss-Newton steps of the value function per update"] = 2
+    value_iters: Annotated[
+        int, "[0, inf)", "Gauss-Newton steps of the value function per update; 0: only its mean error"
+    ] = 2
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
     value_damping: Annotated[float, "[0, inf)", "damping of a value step, over the variance of the returns"] = 0.03
     value_cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per value step"] = 15
@@ -495,8 +499,10 @@ def score(policy, mu, actions):
         mean, log_std = np.split(mu, 2, axis=1)
         z = (actions - mean) * np.exp(-log_std)
         return np.concatenate([z * np.exp(-log_std), z * z - 1], axis=1)
-    hot = [np.eye(n, dtype=mu.dtype)[actions[:, i]] for i, n in enumerate(policy.nvec)]
-    return np.concatenate(hot, axis=1) - _metric_diagonal(policy, mu)
+    hot = np.zeros_like(mu)
+    for i, group in enumerate(_groups(policy)):
+        hot[np.arange(len(mu)), group.start + actions[:, i]] = 1
+    return hot - _metric_diagonal(policy, mu)
 
 
 def _metric_diagonal(policy, mu):
@@ -870,8 +876,7 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
 # =========================================================================== the policy as a function of its parameters
 @_one_blas_thread()
 def init_params(policy, rng, dtype=np.float64, *, init_std=2.4):
-    """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0; sigma is min(1, init_std / A)
-    times half the range of the action, or itself where that has no bounds, or some of a million and more.
+    """theta (P,): orthogonal weights, those of the last layer scaled by 0.01, biases 0, sigma min(1, init_std / A).
 
     Orthogonal: Saxe et al. 2014.  A small last layer makes the first policy the same in every state.  Less noise for
     more actions, each of which costs control; 2.4 was tuned on Hopper, HalfCheetah and Ant (3, 6 and 8 actions).
@@ -885,10 +890,7 @@ def init_params(policy, rng, dtype=np.float64, *, init_std=2.4):
         q, r = scipy.linalg.qr(rng.standard_normal((max(W.shape), min(W.shape))), mode="economic")
         q *= np.sign(np.diag(r))  # makes q uniform over the orthogonal matrices
         W[:] = (q if W.shape[0] >= W.shape[1] else q.T) * (0.01 if layer == len(sizes) - 2 else 1.0)
-    half_range = np.array(policy.high) / 2 - np.array(policy.low) / 2 if policy.high else np.ones(1)
-    bounded = (half_range > 0) & (half_range < 1e6)
-    sigma = min(1.0, init_std / policy.sizes[-1])
-    theta[_n_weights(policy) :] = np.log(sigma * np.where(bounded, half_range, 1.0))
+    theta[_n_weights(policy) :] = np.log(min(1.0, init_std / policy.sizes[-1]))
     return theta
 
 
@@ -1050,7 +1052,8 @@ def trpo_update(policy, theta, batch, config=Config()):
     if scale == np.inf:
         raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
     adv_largest = _largest_over_ranks(float(np.abs(batch.adv).max()))
-    batch = batch._replace(adv=batch.adv / scale)  # the step is the same; squares of the gradient cannot overflow
+    # the step is the same; squares of the gradient cannot overflow, nor what has no weight
+    batch = batch._replace(adv=np.where(batch.weights != 0, batch.adv, 0) / scale)
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
     _check_mu_old(batch.mu_old, mu_old)
@@ -1136,8 +1139,9 @@ def fit_value(value, phi, obs, returns, config=Config()):
     that had to follow it would fit nothing else.  What is left is for the same step as the policy's: V is the mean of a
     Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
     value_damping times the variance of the returns: the hidden layers' part of F goes with that, by the last layer's
-    weights.  The step is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept
-    only if that error falls.  No learning rate, no minibatches, no random numbers.
+    weights.  These start small, so the returns should be of the order of 1, as normalize_reward makes them.  The step
+    is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept only if that error
+    falls.  No learning rate, no minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1193,18 +1197,18 @@ def _inverse_std(stats):
 
 
 def _normalizer(stats):
-    """mean, 1 / std and the cut at 10 deviations; what leaves rows as they are while there are no statistics."""
+    """mean, 1 / std and the cut at 10 deviations; 0, 1 and no cut while there are no statistics."""
     return stats.mean, _inverse_std(stats), 10.0 if stats.count else np.inf
 
 
 @jit
 def _normalize_rows(raw, mean, inverse_std, limit, out):
-    """out <- (raw - mean) / std, cut at +-limit; whether raw was finite throughout."""
+    """out <- (raw - mean) / std, cut at +-limit; whether raw and out are finite throughout."""
     finite = True
     for i in range(raw.shape[0]):
         for k in range(raw.shape[1]):
-            finite &= np.isfinite(raw[i, k])
             out[i, k] = min(max((raw[i, k] - mean[k]) * inverse_std[k], -limit), limit)
+            finite &= np.isfinite(raw[i, k]) and np.isfinite(out[i, k])
     return finite
 
 
@@ -1248,12 +1252,23 @@ def _value_network(policy):
     return Policy((*policy.sizes[:-1], 1), "value")
 
 
+@functools.lru_cache
+def _action_range(policy):
+    """Middle and half of the range of the actions (A,), and its ends.  0 and 1 where it is no range to speak of."""
+    low, high = np.array(policy.low or -np.inf), np.array(policy.high or np.inf)
+    bounded = high / 2 - low / 2 < 1e6
+    with np.errstate(invalid="ignore"):  # inf - inf, where it is not bounded
+        return np.where(bounded, low / 2 + high / 2, 0.0), np.where(bounded, high / 2 - low / 2, 1.0), low, high
+
+
 def _env_actions(policy, actions):
-    """The environment's copy of actions (N, A): clipped to the bounds, or counted from start; shape and dtype of its
-    space.  What is learned from stays as it was sampled."""
+    """The environment's copy of actions (N, A).  A Gaussian's count in halves of the range, from its middle, so that
+    all ranges are learned alike, and are clipped to the bounds; choices are counted from start.  Shape and dtype are
+    those of the space.  What is learned from stays as it was sampled."""
     if policy.head == "gaussian":
-        actions = np.clip(actions, policy.low or -np.inf, policy.high or np.inf)
-        actions = np.rint(actions) if policy.action_dtype.startswith(("int", "uint")) else actions
+        middle, half, low, high = _action_range(policy)
+        actions = np.clip(middle + half * actions, low, high)
+        actions = np.rint(actions) if policy.action_dtype.startswith(("int", "uint", "bool")) else actions
     else:
         actions = actions + np.array(policy.start or 0)
     shape = actions.shape[1:] if policy.action_shape is None else policy.action_shape
@@ -1282,7 +1297,7 @@ def flatten_obs(space, obs, n):
     from gymnasium.vector.utils import batch_space, iterate
 
     if isinstance(space, spaces.Box):
-        return np.asarray(obs, np.float64).reshape(n, -1)
+        return np.array(obs, np.float64).reshape(n, -1)  # a copy: obs may be a buffer that the next step fills
     rows = iterate(batch_space(space, n), obs)
     return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
 
@@ -1339,7 +1354,9 @@ def _make_envs(env, config, /, **options):
             raise ValueError(f"vector='async' needs an id, or a callable to call in other processes, got {env}")
         first.close()
         worker = functools.partial(_make_in_worker, env, options, os.getpid())
-        return AsyncVectorEnv([worker] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED), True
+        envs = AsyncVectorEnv([worker] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        envs.spec = first.spec  # asked for later, it would have to cross a pipe, which not every spec can
+        return envs, True
     others = [] if first is env else [functools.partial(_make_env, env, **options)] * (config.num_envs - 1)
     envs = SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.DISABLED)
     if len({id(each.unwrapped) for each in envs.envs}) < envs.num_envs:
@@ -1520,7 +1537,7 @@ def _first_runner(envs, seed):
 
 def _check_observed(finite, obs):
     if not finite:
-        raise ValueError(f"the environment returned an observation with NaN or infinity: {obs}")
+        raise ValueError(f"the environment returned an observation with NaN or infinity in the policy's dtype: {obs}")
 
 
 def _check_rewards(rewards):
@@ -1745,7 +1762,7 @@ def _trust_region(state, adv):
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
-    power = _mean_over_ranks(np.mean(np.square(adv)), len(adv))
+    power = _mean_over_ranks(np.mean(np.square(adv, dtype=np.float64)), len(adv))
     mean = power + min(config.kl_memory, 1 - 1 / (state.updates + 1)) * (state.adv_power - power)
     return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), mean
 
@@ -1862,7 +1879,7 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
     """Train a policy: returns the TrainState.
 
     env: an id, a callable that makes a gym.Env, or one gym.Env or VectorEnv, which then sets the number of
-    environments.  state: one to go on from, in new episodes; config is its own unless given.
+    environments.  state: one to go on from, in new episodes, with its own random numbers and, unless given, config.
     callback(state, info, explained variance) is called after each update; returning True stops.  Stops
     before total_steps at the environment's reward threshold, if stop_when_solved, and with vine sampling where another
     update might take more steps than are left.  An exception that leaves train, an interrupt as well, carries the
@@ -1871,14 +1888,16 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
     config = config or (state.config if state else Config())
     check_config(config)
     envs, made_here = _make_envs(env, config)
-    policy, spec = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden), _spec(envs)
-    if state is None:
-        state = init_state(spec.id if spec else type(envs.unwrapped).__name__, policy, config, seed)
-    elif (policy, config.dtype) != (state.policy, state.theta.dtype):
-        raise ValueError(f"state is of another network, or {state.env} of other spaces: {state.policy}, not {policy}")
-    state = state._replace(config=config, solved=state.solved and config.stop_when_solved)
-    threshold = spec.reward_threshold if spec and config.stop_when_solved else None
     with _closing(envs) if made_here else contextlib.nullcontext():
+        policy, spec = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden), _spec(envs)
+        if state is None:
+            state = init_state(spec.id if spec else type(envs.unwrapped).__name__, policy, config, seed)
+        elif (policy, config.dtype) != (state.policy, state.theta.dtype):
+            raise ValueError(
+                f"state is of another network, or {state.env} of other spaces: {state.policy}, not {policy}"
+            )
+        state = state._replace(config=config, solved=state.solved and config.stop_when_solved)
+        threshold = spec.reward_threshold if spec and config.stop_when_solved else None
         return _iterate(envs, state, threshold, callback)
 
 
@@ -1888,19 +1907,21 @@ def evaluate(state, env, episodes=10, seed=0):
     end.  state is read only: the statistics of its observations do not move."""
     import gymnasium as gym
 
-    env, results = _make_env(env), []
-    if isinstance(env, gym.vector.VectorEnv):
-        raise ValueError("evaluate plays one episode after another: give it an id or a gym.Env, not a VectorEnv")
-    if make_policy(env.observation_space, env.action_space, state.policy.sizes[1:-1]) != state.policy:
-        raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {env}")
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
-        total, length, ended = 0.0, 0, False
-        while not ended:
-            action = state.act(gym.spaces.flatten(env.observation_space, obs))
-            obs, reward, terminated, truncated, _ = env.step(action)
-            total, length, ended = total + float(reward), length + 1, terminated or truncated
-        results.append((total, length))
+    _check_number("episodes", episodes, int, "[1, inf)")
+    given, env, results = env, _make_env(env), []
+    with contextlib.nullcontext() if env is given else contextlib.closing(env):
+        if isinstance(env, gym.vector.VectorEnv):
+            raise ValueError("evaluate plays one episode after another: give it an id or a gym.Env, not a VectorEnv")
+        if make_policy(env.observation_space, env.action_space, state.policy.sizes[1:-1]) != state.policy:
+            raise ValueError(f"the policy was trained on {state.env}, whose spaces differ from those of {env}")
+        for episode in range(episodes):
+            obs, _ = env.reset(seed=seed if episode == 0 else None)
+            total, length, ended = 0.0, 0, False
+            while not ended:
+                action = state.act(gym.spaces.flatten(env.observation_space, obs))
+                obs, reward, terminated, truncated, _ = env.step(action)
+                total, length, ended = total + float(reward), length + 1, terminated or truncated
+            results.append((total, length))
     return np.array([total for total, _ in results]), np.array([length for _, length in results])
 
 
@@ -2120,7 +2141,8 @@ def plot(folders, path):
         if not rows:
             raise ValueError(f"{folder} has no finished episode to plot")
         title = state.env + (f" {json.dumps(state.env_args)}" if state.env_args else "")
-        settings = frozenset(state.config._replace(total_steps=0)._asdict().items())
+        same = {} if state.config.kl_schedule == "linear" else {"total_steps": 0}  # or it sets max_kl
+        settings = frozenset(state.config._replace(**same)._asdict().items())
         panels.setdefault(title, {}).setdefault(settings, []).append(rows)
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
     for axis, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
@@ -2279,7 +2301,7 @@ def _say(text):
 
 def _say_row(row):
     _say(
-        "{steps:9,}  return {return_mean:7.5g}  KL {kl_mean:.4f} max {kl_max:.3f}  entropy {entropy:5.2f}  "
+        "{steps:9,}  return {return_mean:7.5g}  KL {kl_mean:7.2g} max {kl_max:7.2g}  entropy {entropy:5.2f}  "
         "EV {explained_variance:4.0%}  {steps_per_second:6,.0f}/s".format(**row)
     )
 
@@ -2299,7 +2321,7 @@ def _progress(state, stack):
         if not bars:  # not before, so that the notice of compiling comes first
             options = {"total": state.config.total_steps, "initial": state.steps, "unit": "step", "unit_scale": True}
             bars.append(stack.enter_context(tqdm(**options)))
-        bars[0].set_postfix_str("return {return_mean:.5g}, KL {kl_mean:.4f}".format(**row), refresh=False)
+        bars[0].set_postfix_str("return {return_mean:.5g}, KL {kl_mean:.2g}".format(**row), refresh=False)
         bars[0].update(row["steps"] - bars[0].n)
 
     return report
@@ -2431,7 +2453,8 @@ def _save_what_there_is(state, start, out, resumed):
                 path.unlink(missing_ok=True)
             (out / "checkpoint.npz").unlink(missing_ok=True)
             out.rmdir()
-            Path("runs").rmdir()  # if it is empty
+            if out.parent == Path("runs"):
+                out.parent.rmdir()  # if it is empty
     return ""
 
 
