@@ -1940,9 +1940,9 @@ def test_the_trust_region_falls_linearly_to_nothing_over_total_steps_or_stays(kl
     assert allclose(seen, 0.03 * np.array(left)) and state.config == config
 
 
-@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.75]))
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.75, 1.0]))
 def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(factors, memory):
-    """Before is the plain mean of the rollouts while these are few, and then an exponentially weighted one."""
+    """Before: the plain mean of the rollouts while these are few, then one that forgets if memory < 1."""
     envs = counters(2, AutoresetMode.SAME_STEP)
     config = tm.Config(hidden=(4,), normalize_reward=False, kl_schedule="constant", kl_memory=memory)
     state, runner = start(envs, config)
@@ -1955,7 +1955,7 @@ def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(f
             scaled = rollout._replace(rewards=factor * rollout.rewards)
             state, *_ = tm.learn(state._replace(theta=theta, phi=phi), scaled)
             powers.append(state.adv_power)
-    squares, window = np.square([1.0, *factors]), round(1 / (1 - memory))
+    squares, window = np.square([1.0, *factors]), round(1 / (1 - memory)) if memory < 1 else np.inf
     for n, (max_kl, power) in enumerate(zip(seen, powers, strict=True), 1):
         age = np.arange(n)[::-1].clip(0, max(n - window, 0))
         weights = memory**age / min(n, window)
@@ -1964,7 +1964,7 @@ def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(f
 
 
 def test_rollouts_without_any_advantage_leave_the_trust_region_alone():
-    state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,)))[0]
+    state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,), kl_memory=0.9))[0]
     assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, 0.0)
     state = state._replace(adv_power=4.0, updates=1000)
     assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, state.config.kl_memory * 4.0)

@@ -222,11 +222,11 @@ class Config(NamedTuple):
     ] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
-    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
+    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.05
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     kl_memory: Annotated[
-        float, "[0, 1)", "decay of the mean square of the advantages; max_kl shrinks while theirs is smaller"
-    ] = 0.95
+        float, "[0, 1]", "decay of the mean square of advantages below which max_kl shrinks; 1 forgets none, 0 all"
+    ] = 1.0
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
@@ -1674,7 +1674,7 @@ class TrainState(NamedTuple):
     obs_stats: RunningStats
     reward_stats: RunningStats
     rng_state: dict  # of the np.random.Generator
-    adv_power: float = 0.0  # running mean square of the advantages
+    adv_power: float = 0.0  # mean square of the advantages so far, as kl_memory weighs them
     steps: int = 0  # environment steps taken
     updates: int = 0
     episodes: int = 0  # finished
@@ -1752,13 +1752,12 @@ def _reestimate(state, rollout, scale):
 
 
 def _trust_region(state, adv):
-    """max_kl of an update on advantages adv, and their running mean square P.
+    """max_kl of an update on advantages adv, and the mean square P of the advantages of all rollouts so far.
 
     max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is less
     than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
     full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
-    the advantages, and its KL with their square.  P is the plain mean while that is of few rollouts, so that a short
-    run is not held against its first one to the end.
+    the advantages, and its KL with their square.  A kl_memory below 1 forgets, and the steps grow again.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
