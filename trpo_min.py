@@ -230,17 +230,15 @@ class Config(NamedTuple):
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
-    cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per update"] = 10
+    cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per step"] = 10
     cg_tol: Annotated[float, "[0, 1)", "stop a solve at this residual relative to the right-hand side"] = 0.01
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
-    value_rollouts: Annotated[int, "[1, inf)", "newest rollouts that the value function is fitted to"] = 2
     value_iters: Annotated[
         int, "[0, inf)", "Gauss-Newton steps of the value function per update; 0: only its mean error"
-    ] = 2
+    ] = 1
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
     value_damping: Annotated[float, "[0, inf)", "damping of a value step, over the variance of the returns"] = 0.03
-    value_cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per value step"] = 15
 
 
 _FIELDS = typing.get_type_hints(Config, include_extras=True)
@@ -1152,8 +1150,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     acts = _activations(phi, np.array(value.sizes), obs)
     level = _mean_over_ranks(np.mean(returns - _outputs(value, phi, acts)), len(obs))
     returns = returns - level
-    damping = config.value_damping * _variance(returns[:, 0])
-    solve = config._replace(damping=damping, cg_iters=config.value_cg_iters)
+    solve = config._replace(damping=config.value_damping * _variance(returns[:, 0]))
 
     def objective(new):
         return -float(_mean_over_ranks(np.mean(np.square(returns - new)), len(obs)))
@@ -1661,7 +1658,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
 
 # ============================================================================================================= training
 class TrainState(NamedTuple):
-    """All that training carries from one update to the next, but for the environments and the rollouts of before."""
+    """All that training carries from one update to the next, but for the environments."""
 
     env: str  # its id, or what it calls itself
     env_args: dict  # of gym.make, where it was made from the command line
@@ -1743,14 +1740,6 @@ def _targets(state, rollout, branches, scale):
     return batch, obs, np.concatenate([returns, branch_returns[1:][later]]), explained
 
 
-def _reestimate(state, rollout, scale):
-    """Observations of a rollout of before as state sees them, and its returns with state's value function."""
-    T, E, D = rollout.obs.shape
-    obs = normalize(state.obs_stats, rollout.raw_obs.reshape(T * E, D), rollout.obs.dtype).reshape(T, E, D)
-    _, returns = _advantages(state, rollout._replace(obs=obs), rollout.rewards * scale)
-    return obs[rollout.real], returns[rollout.real]
-
-
 def _trust_region(state, adv):
     """max_kl of an update on advantages adv, and the mean square P of the advantages of all rollouts so far.
 
@@ -1766,10 +1755,9 @@ def _trust_region(state, adv):
     return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), mean
 
 
-def learn(state, rollout, branches=None, earlier=()):
+def learn(state, rollout, branches=None):
     """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
 
-    earlier: rollouts of before, which only the value function learns from, their returns estimated anew with it.
     With branches, the policy learns from these, and the value function from all rows whose action was the policy's.
     Observation statistics move last: rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo,
     explained variance of the value function on the rollout).
@@ -1777,10 +1765,7 @@ def learn(state, rollout, branches=None, earlier=()):
     config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
-    scale = _inverse_std(reward_stats)[0]
-    batch, obs, returns, explained = _targets(state, rollout, branches, scale)
-    parts = [(obs, returns), *(_reestimate(state, each, scale) for each in earlier)]
-    obs, returns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    batch, obs, returns, explained = _targets(state, rollout, branches, _inverse_std(reward_stats)[0])
     max_kl, adv_power = _trust_region(state, batch.adv)
     theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl))
     phi = fit_value(state.value, state.phi, obs, returns, config)
@@ -1840,7 +1825,6 @@ def _interrupt_behind(error, handled):
 def _iterate(envs, state, threshold, callback):
     """The loop of train."""
     config, policy, stop, handled = state.config, state.policy, False, sys.exc_info()[1]
-    rollouts = []
     try:
         _check_ranks_agree("state, seed or config", lambda: _arrays(state))
         n_envs = _sum_over_ranks(envs.num_envs)
@@ -1859,8 +1843,7 @@ def _iterate(envs, state, threshold, callback):
             branches = branch(*now, rollout, rng, config) if n_saved else None
             rng_state = rng.bit_generator.state  # of rank 0, so that any number of ranks can go on from the state
             rng_state = rng_state if _ranks is None else _ranks.bcast(rng_state)
-            *earlier, rollout = rollouts = [*rollouts, rollout][-config.value_rollouts :]
-            state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches, earlier)
+            state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches)
             if threshold is not None and len(state.returns) == 100:
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
@@ -2182,7 +2165,7 @@ _GROUPS = {  # the first setting of each group
     "total_steps": "environment",
     "gamma": "advantages",
     "max_kl": "policy update",
-    "value_rollouts": "value function",
+    "value_iters": "value function",
 }
 
 
