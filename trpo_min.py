@@ -222,11 +222,11 @@ class Config(NamedTuple):
     ] = 16
     vine_actions: Annotated[int, "[2, inf)", "vine: branches per state: every action if no more, else samples"] = 4
     vine_steps: Annotated[int, "[1, inf)", "vine: environment steps of a branch, then the value function"] = 16
-    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.05
+    max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     kl_memory: Annotated[
         float, "[0, 1]", "decay of the mean square of advantages below which max_kl shrinks; 1 forgets none, 0 all"
-    ] = 1.0
+    ] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
@@ -1741,12 +1741,13 @@ def _targets(state, rollout, branches, scale):
 
 
 def _trust_region(state, adv):
-    """max_kl of an update on advantages adv, and the mean square P of the advantages of all rollouts so far.
+    """max_kl of an update on advantages adv, and the mean square P of advantages up to these.
 
     max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is less
     than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
     full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
-    the advantages, and its KL with their square.  A kl_memory below 1 forgets, and the steps grow again.
+    the advantages, and its KL with their square.  P is a plain mean at first, so that a short run is not held against
+    its first rollout, and then forgets: with kl_memory 1 one seed of ten on CartPole-v1 stayed below its threshold.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
