@@ -1302,9 +1302,8 @@ def test_a_value_step_of_one_conjugate_gradient_iteration_goes_along_the_gradien
 @given(cases(heads=("value",), scales=(0.1, 0.5), max_rows=50, wide=8), st.floats(-1e3, 1e3))
 def test_returns_that_are_all_higher_move_the_bias_of_the_value_function_and_nothing_else(case, height):
     returns = dense_forward(*case[:3])[:, 0] + case.rng.normal(size=len(case.obs))
-    config = tm.Config(
-        value_iters=1, value_kl=1e3
-    )  # far inside the trust region: rounding decides which side of its edge a step is
+    # far inside the trust region: rounding decides which side of its edge a step is
+    config = tm.Config(value_iters=1, value_kl=1e3)
     low, high = (tm.fit_value(*case[:3], returns + more, config) for more in (0.0, height))
     assume(np.var(returns) > 1e-3)
     # the errors differ by eps x 1e3, and the step of each is at most J over the damping as long

@@ -1251,7 +1251,8 @@ def _value_network(policy):
 
 @functools.lru_cache
 def _action_range(policy):
-    """Middle and half of the range of the actions (A,), and its ends.  0 and 1 where it is no range to speak of."""
+    """Middle and half of the range of the actions (A,), 0 and 1 where that is infinite or half of it 1e6 or more; its
+    ends."""
     low, high = np.array(policy.low or -np.inf), np.array(policy.high or np.inf)
     bounded = high / 2 - low / 2 < 1e6
     with np.errstate(invalid="ignore"):  # inf - inf, where it is not bounded
@@ -1747,7 +1748,7 @@ def _trust_region(state, adv):
     than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
     full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
     the advantages, and its KL with their square.  P is a plain mean at first, so that a short run is not held against
-    its first rollout, and then forgets: with kl_memory 1 one seed of ten on CartPole-v1 stayed below its threshold.
+    its first rollout, and then forgets old ones.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
