@@ -3170,9 +3170,9 @@ def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
     again = shell(tmp_path, "--env", "CartPole-v1", "--out", "here")
     assert again.returncode == 2
     assert "not overwritten" in again.stderr
-    quiet = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "500", "--quiet")
+    quiet = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "4", "--quiet")
     assert quiet.returncode == 0
-    assert len(quiet.stdout.splitlines()) == 1
+    assert len(quiet.stdout.splitlines()) == 1 and "no episode ended, after 4 steps" in quiet.stdout
 
 
 def test_a_run_that_vine_refuses_leaves_no_folder(tmp_path):
@@ -3980,6 +3980,8 @@ def test_learning_curves_have_a_panel_for_each_environment_and_a_band_for_severa
         "total_steps 800: 1 run,",
         "total_steps 400: 1 run,",
     ]
+    with pytest.raises(ValueError, match="a folder: give the name of a file"):
+        tm.plot(folders[:1], tmp_path)
 
 
 @pytest.mark.parametrize(

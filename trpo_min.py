@@ -2117,6 +2117,7 @@ def _curve(runs):
 
 def plot(folders, path):
     """Learning curves of runs' folders: a panel for each environment, in it a curve for each Config."""
+    path = Path(path)
     with _needs("matplotlib", "plot"):
         from matplotlib.figure import Figure
     panels = {}
@@ -2141,7 +2142,8 @@ def plot(folders, path):
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.grid(alpha=0.3)
         axis.legend()
-    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot draw to {path}, a folder: give the name of a file")
     with _replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:] or "png", dpi=150)
 
@@ -2465,11 +2467,11 @@ def _run_train(given):
             if signals and isinstance(error, KeyboardInterrupt):
                 error.code = 128 + signals[0]
             raise
-        mean, n = (np.mean(state.returns), len(state.returns)) if state.returns else (np.nan, 0)
+        n = len(state.returns)
         _say(
-            f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {state.env}: mean return {mean:.5g} "
-            f"over the last {n} episodes, after {state.steps:,} steps in {time.perf_counter() - begin:.1f} s; "
-            f"saved in {out}"
+            f"{'solved' if state.solved else 'stopped' if signals else 'trained'} {state.env}: "
+            + (f"mean return {np.mean(state.returns):.5g} over the last {n} episodes" if n else "no episode ended")
+            + f", after {state.steps:,} steps in {time.perf_counter() - begin:.1f} s; saved in {out}"
         )
     return 128 + signals[0] if signals else 0
 
