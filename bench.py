@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import unittest.mock
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -1198,6 +1199,71 @@ def bound(args):
     )
 
 
+# ======================================================================================================== the value fit
+FITS = {  # settings, and of how many rollouts the rows are
+    "default": ({}, 1),
+    "value_iters 2": ({"value_iters": 2}, 1),
+    "value_iters 3": ({"value_iters": 3}, 1),
+    "cg_iters 5": ({"cg_iters": 5}, 1),
+    "cg_iters 20": ({"cg_iters": 20}, 1),
+    "cg_iters 40": ({"cg_iters": 40}, 1),
+    "value_damping 0.01": ({"value_damping": 0.01}, 1),
+    "value_damping 0.1": ({"value_damping": 0.1}, 1),
+    "value_kl 0.05": ({"value_kl": 0.05}, 1),
+    "value_kl 1": ({"value_kl": 1.0}, 1),
+    "2 rollouts": ({}, 2),
+    "4 rollouts": ({}, 4),
+    "4 rollouts, value_iters 3, cg_iters 40": ({"value_iters": 3, "cg_iters": 40}, 4),
+}
+
+
+def followed(env, settings, steps):
+    """Of each of FITS along one and the same training run: how well it predicts each rollout, then how long it takes.
+
+    How well: 1 - mean (V - G)^2 / variance of G, before the fit has seen the rollout; G is the discounted return, with
+    the run's own V where the rollout ends.
+    """
+    phis, found, rollouts, learn = {}, {name: [] for name in FITS}, [], tm.learn
+
+    def learn_beside(state, rollout, branches=None):
+        rollouts[:] = [*rollouts[-3:], rollout]
+        reward_stats = tm.update_stats(state.reward_stats, rollout.discounted[rollout.real][:, None])
+        scale = reward_scale(state._replace(reward_stats=reward_stats))
+        monte_carlo = state._replace(config=state.config._replace(lam=1.0))
+        _, obs, G, _ = tm._targets(monte_carlo, rollout, None, scale)
+        for name, (changes, n_rollouts) in FITS.items():
+            mine = state._replace(phi=phis.get(name, state.phi), config=state.config._replace(**changes))
+            error = tm.forward(state.value, mine.phi, obs)[:, 0] - G
+            targets = (tm._targets(mine, each, None, scale)[1:3] for each in rollouts[-n_rollouts:])
+            rows = [np.concatenate(arrays) for arrays in zip(*targets, strict=True)]
+            start = time.perf_counter()
+            phis[name] = tm.fit_value(state.value, mine.phi, *rows, mine.config)
+            found[name].append((1 - np.mean(error**2) / np.var(G), time.perf_counter() - start))
+        return learn(state, rollout, branches)
+
+    with unittest.mock.patch.object(tm, "learn", learn_beside):
+        config = tm.Config(stop_when_solved=False, **settings)
+        tm.train(env, config, seed=0, callback=lambda state, *_: state.steps >= steps)
+    return found
+
+
+def fits(args):
+    """Value fits that all follow one training run: how well each predicts its next rollout, and what each costs."""
+    cases = {"CartPole-v1": {}} if args.quick else {"Hopper-v5": {}, "Walker2d-v5": {}, "HalfCheetah-v5": {}}
+    cases |= {} if args.quick else {"Swimmer-v5": {"gamma": 0.9999}}
+    rows = []
+    print(machine())
+    print(f"{'':56}ms per fit   explained of the next rollout: median of the 2nd, 3rd, last quarter of the run")
+    for env, settings in cases.items():
+        for name, pairs in followed(env, settings, 8_000 if args.quick else 80_000).items():
+            explained, seconds = np.array(pairs).T
+            ms = round(float(np.median(seconds)) * 1e3, 1)
+            quarters = [round(float(np.median(part)), 3) for part in np.array_split(explained, 4)[1:]]
+            print(f"{env:16}{name:42}{ms:8}   {quarters}", flush=True)
+            rows.append([threads(), env, name, ms, *quarters])
+    record("value_fits", "threads,env,fit,ms,second quarter,third quarter,last quarter", rows, args)
+
+
 # ================================================================================================ single path and vine
 SAMPLING = {"CartPole-v1": (100_000, (10, 30)), "Hopper-v5": (200_000, (20, 40))}  # steps, updates to compare at
 KINDS = {"single_path": {}, "vine": {"sampling": "vine"}, "vine, 64 states": {"sampling": "vine", "vine_states": 64}}
@@ -1411,7 +1477,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     repeated = {fvp: 51, update: 21, train: 5, start: 3, scaling: 21, scale: 21}
-    for run in (fvp, update, train, solve, start, scaling, scale, install, bound, environments, soak):
+    for run in (fvp, update, train, solve, start, scaling, scale, install, fits, bound, environments, soak):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         if run in repeated:
             command.add_argument("--repeats", type=int, default=repeated[run], help="calls or runs that a median is of")
