@@ -1202,7 +1202,7 @@ def bound(args):
 # ======================================================================================================== the value fit
 FITS = {  # settings, and of how many rollouts the rows are
     "default": ({}, 1),
-    "value_iters 1": ({"value_iters": 1}, 1),
+    "value_iters 2": ({"value_iters": 2}, 1),
     "value_iters 3": ({"value_iters": 3}, 1),
     "cg_iters 5": ({"cg_iters": 5}, 1),
     "cg_iters 20": ({"cg_iters": 20}, 1),

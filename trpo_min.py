@@ -236,7 +236,7 @@ class Config(NamedTuple):
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
     value_iters: Annotated[
         int, "[0, inf)", "Gauss-Newton steps of the value function per update; 0: only its mean error"
-    ] = 2
+    ] = 1
     value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
     value_damping: Annotated[float, "[0, inf)", "damping of a value step, times the variance of the returns"] = 0.03
 
