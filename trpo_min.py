@@ -1053,7 +1053,7 @@ def trpo_update(policy, theta, batch, config=Config()):
     if scale == np.inf:
         raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
     adv_largest = _largest_over_ranks(float(np.abs(batch.adv).max()))
-    # scaled to 1: the step stays the same, and nothing overflows; a row of weight 0 cannot either, so it counts as 0
+    # scaled to at most 1: the step stays the same, and no square overflows; what has no weight counts as 0
     batch = batch._replace(adv=np.where(batch.weights != 0, batch.adv, 0) / scale)
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
