@@ -293,11 +293,11 @@ def test_actions_count_in_halves_of_their_range_from_its_middle_and_as_they_are_
     assert (sent[1:] == [action, max(action, low), min(action, low), action]).all()
 
 
-def test_tanh_has_eight_eps_of_relative_error_and_is_odd_and_passes_nan_on():
+def test_tanh_has_six_eps_of_relative_error_or_eight_near_the_least_normal_number_and_is_odd_and_passes_nan_on():
     x = np.concatenate([np.logspace(-307.6, 2.5, 20001), np.linspace(0, 25, 20001), [np.inf]])[None]
     ours, exact = x.copy(), np.tanh(x.astype(np.longdouble))
     tm._tanh_inplace(ours)
-    assert (np.abs(ours - exact) <= 8 * EPS * exact).all()
+    assert (np.abs(ours - exact) <= np.where(x < 1e-300, 8, 6) * EPS * exact).all()
     minus = -x
     tm._tanh_inplace(minus)
     assert (minus == -ours).all()
@@ -2989,7 +2989,8 @@ def test_a_policy_that_does_not_fit_together_is_refused(policy, message):
 
 def test_an_update_refuses_a_config_out_of_range():
     case = fixed_case()
-    for config in (tm.Config(max_kl=-1.0), tm.Config(cg_iters=2.5), tm.Config(gamma=10**400), {"lam": 1}, None):
+    wrong = tm.Config(max_kl=-1.0), tm.Config(cg_iters=2.5), tm.Config(gamma=10**400), tm.Config(lam=np.inf)
+    for config in (*wrong, {"lam": 1}, None):
         with pytest.raises(ValueError, match="must be"):
             tm.trpo_update(case.policy, case.theta, make_batch(case), config)
 
