@@ -195,7 +195,6 @@ def fvp(args):
     policy, theta, obs, v, rng = fisher_case((4, 8, 2), 200, np.float64)
     exact = tm.fvp(policy, theta, obs, v)
     acts = numpy_activations(policy, theta, obs)
-    S = score_rows(policy, theta, acts, tm.sample(policy, tm.forward(policy, theta, obs), rng))
     print("\nparity, largest relative difference from F v on 4-8-2, 200 rows:")
     print(f"  whole-batch NumPy {np.abs(numpy_fvp(policy, theta, acts, v) - exact).max() / np.abs(exact).max():.1e}")
     print(f"  dense matrix      {np.abs(dense_fisher(policy, theta, obs) @ v - exact).max() / np.abs(exact).max():.1e}")

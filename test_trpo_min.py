@@ -1717,6 +1717,26 @@ def test_every_autoreset_mode_gives_exactly_the_rows_of_a_serial_loop(mode, E, l
         assert ends[e] == [tuple(following) for _, _, following, a, b in serial if b and not a]
 
 
+class Typed(gym.vector.VectorWrapper):
+    """Ends of episodes as another type, and the autoreset mode by its name."""
+
+    def __init__(self, envs, dtype):
+        super().__init__(envs)
+        self.dtype = dtype
+        self.metadata = envs.metadata | {"autoreset_mode": envs.metadata["autoreset_mode"].value}
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        return obs, rewards, terminated.astype(self.dtype), truncated.astype(self.dtype), infos
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float32])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_ends_of_episodes_may_be_numbers_and_the_autoreset_mode_its_name(mode, dtype):
+    config = tm.Config(hidden=(), total_steps=60, rollout_steps=20)
+    assert same(tm.train(Typed(counters(2, mode), dtype), config), tm.train(counters(2, mode), config))
+
+
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @given(E=st.integers(1, 3), n_steps=st.integers(1, 12), normalized=st.booleans())
 def test_advantages_are_those_of_a_serial_loop_with_each_rows_own_next_observation(mode, E, n_steps, normalized):
@@ -1926,10 +1946,10 @@ def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(f
 
 def test_rollouts_without_any_advantage_leave_the_trust_region_alone():
     state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,), kl_memory=0.9))[0]
-    assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, 0.0)
+    assert tm._max_kl_now(state, np.zeros(10)) == (state.config.max_kl, 0.0)
     state = state._replace(adv_power=4.0, updates=1000)
-    assert tm._trust_region(state, np.zeros(10)) == (state.config.max_kl, state.config.kl_memory * 4.0)
-    assert tm._trust_region(state._replace(adv_power=0.0), np.full(10, 0.1))[0] == state.config.max_kl
+    assert tm._max_kl_now(state, np.zeros(10)) == (state.config.max_kl, state.config.kl_memory * 4.0)
+    assert tm._max_kl_now(state._replace(adv_power=0.0), np.full(10, 0.1))[0] == state.config.max_kl
 
 
 @given(st.sampled_from([0.1, 1.0, 1000.0]))
@@ -1949,6 +1969,13 @@ def test_constant_advantages_are_centred_to_zero_and_not_to_their_rounding():
     assert (tm._centre(np.array([3.0])) == 0).all()
     adv = np.random.default_rng(0).normal(size=50)
     assert (tm._centre(adv) == adv - adv.mean()).all()
+
+
+def test_advantages_that_differ_by_more_than_the_mean_can_err_are_kept_however_many_they_are():
+    adv = 1 + np.random.default_rng(0).normal(size=1_000_000).astype(np.float32) / 100
+    assert (tm._centre(adv) == adv - adv.mean()).all()
+    constant = np.full(1_000_000, 0.1, np.float32)  # the mean of which, by halves, is off by a few eps
+    assert (tm._centre(constant) == 0).all()
 
 
 # ====================================================================================================== E10: vine
@@ -2760,8 +2787,9 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_one_sentence(trained, tmp_
     whole = path.read_bytes()
     for data in (b"", b"hello", whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="is not a checkpoint"):
+        with pytest.raises(ValueError, match="is not a checkpoint") as refused:
             tm.load(path)
+        assert "unsafe" not in str(refused.value)
     rng = np.random.default_rng(0)
     for _ in range(200):
         damaged = bytearray(whole)
@@ -2886,6 +2914,12 @@ def test_evaluation_changes_no_byte_of_the_state_and_repeats(trained):
 def test_a_setting_out_of_range_or_of_the_wrong_type_is_named(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be .*, got "):
         tm.train("CartPole-v1", tm.Config(**{field: value}))
+
+
+@pytest.mark.parametrize("config", [{}, (), {"gamma": 0.9}, tm.Config])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ValueError, match="config must be a Config, got"):
+        tm.train("CartPole-v1", config)
 
 
 def test_the_settings_themselves_and_numpy_numbers_pass():
@@ -3096,6 +3130,31 @@ def test_an_environment_that_breaks_ends_training_with_what_was_learned(fault, k
         tm.train(Faulty(fault), tm.Config(hidden=(3,), rollout_steps=20), callback=lambda s, *_: states.append(s))
     assert len(states) >= 4
     assert same(error.value.state, states[-1])
+
+
+@pytest.mark.parametrize("what", ["observation", "reward"])
+def test_a_number_whose_square_overflows_ends_training_with_a_state_that_loads(what, tmp_path):
+    class Spike(Faulty):
+        observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            size = 1e200 if self.n == 101 else 1.0
+            return (obs.astype(float) * size, reward, *rest) if what == "observation" else (obs, reward * size, *rest)
+
+    with pytest.raises(ValueError, match="squares of observations or rewards overflow") as error:
+        tm.train(Spike(None), tm.Config(hidden=(3,), rollout_steps=20))
+    tm.save(error.value.state, tmp_path / "checkpoint.npz")
+    assert tm.load(tmp_path).updates >= 4
+
+
+def test_the_observation_that_is_refused_is_the_one_that_is_shown():
+    obs = np.arange(6.0).reshape(3, 2)
+    obs[1, 0] = np.nan
+    with pytest.raises(ValueError, match=r"dtype: \[nan  3\.\]$"):
+        tm._check_observed(False, obs)
+    with pytest.raises(ValueError, match=r"dtype: \[4.e\+60 5.e\+60\]$"):  # too large for float32
+        tm._check_observed(False, np.arange(6.0).reshape(3, 2) * 1e60)
 
 
 def test_an_exception_that_has_another_state_keeps_its_message_and_carries_what_was_learned():
@@ -3425,6 +3484,9 @@ def test_an_error_before_the_first_update_takes_nothing_away_but_what_the_run_ma
         assert tm.main(["--resume", str(run_folder / name)]) == 2
     assert tm.main(["--env", "CartPole-v1", "--total-steps", "3", "--out", str(tmp_path / "new"), "--quiet"]) == 2
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    assert tm.main(["--env", "CartPole-v1", "--total-steps", "3", "--out", str(tmp_path / "new"), "--quiet"]) == 2
+    assert os.listdir(tmp_path / "new") == []
 
 
 def test_an_error_before_the_first_update_leaves_an_empty_folder_runs_that_is_not_its_own(tmp_path, monkeypatch):
@@ -3479,6 +3541,29 @@ def test_a_resume_drops_the_rows_that_the_checkpoint_does_not_know_of_and_a_line
         table.write_text(text)
         with pytest.raises(ValueError, match=r"progress.csv is not what trpo_min wrote"):
             tm.read_progress(run_folder)
+
+
+def test_a_row_that_is_not_yet_whole_is_not_read(run_folder):
+    table = run_folder / "progress.csv"
+    before = tm.read_progress(run_folder)
+    table.write_text(table.read_text()[:-40])
+    assert str(tm.read_progress(run_folder)) == str(before[:-1])
+    main("--plot", run_folder, "--out", run_folder / "curve.png")
+
+
+def test_what_a_process_leaves_that_is_killed_before_its_first_checkpoint_is_no_run(run_folder, tmp_path, capsys):
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for name in ("progress.csv", "checkpoint.npz.123.tmp"):
+        (folder / name).touch()
+    assert tm.main(["--resume", str(folder)]) == 2
+    assert "checkpoint.npz" in capsys.readouterr().err
+    main("--env", "CartPole-v1", *QUICK, "--total-steps", 160, "--out", folder)
+    assert same(tm.load(folder), tm.load(run_folder))
+    assert contents(folder).keys() == contents(run_folder).keys()
+    os.unlink(folder / "checkpoint.npz")
+    assert tm.main(["--env", "CartPole-v1", "--out", str(folder)]) == 2
+    assert "is not overwritten" in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_by_one_process_at_a_time_by_its_folder_or_checkpoint(run_folder, capsys):
@@ -3920,6 +4005,20 @@ def test_a_list_among_the_environment_arguments_is_a_list_again_when_resumed(tmp
     main("--resume", tmp_path / "run", "--total-steps", 32)
     del gym.registry["Listed-v0"]
     assert tm.load(tmp_path / "run").env_args == {"items": [1, 2]}
+
+
+def test_what_the_environment_was_made_with_is_kept_by_train_too(tmp_path, capsys):
+    config = tm.Config(total_steps=300, rollout_steps=100, hidden=(4,))
+    lake = tm.train(lambda: gym.make("FrozenLake-v1", is_slippery=False, render_mode="ansi"), config)
+    assert lake.env_args == {"map_name": "4x4", "is_slippery": False}
+    short = tm.train(gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 30), config)
+    tm.save(short, tmp_path / "checkpoint.npz")
+    main("--eval", tmp_path, "--episodes", 2)
+    assert "length 30.0, from 30 to 30" in capsys.readouterr().out
+    assert tm.train("CartPole-v1", config).env_args == {}
+    gym.register("Held-v0", lambda held: gym.make("CartPole-v1").unwrapped)
+    assert tm.train(lambda: gym.make("Held-v0", held={1}), config).env_args == {}  # no JSON
+    del gym.registry["Held-v0"]
 
 
 def test_environment_arguments_are_kept_for_evaluation_and_resuming(tmp_path, capsys):

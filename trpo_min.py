@@ -1139,10 +1139,11 @@ def fit_value(value, phi, obs, returns, config=Config()):
     The output's bias takes the mean error first: with gamma near 1 the level of the returns rises for long, and a step
     that had to follow it would fit nothing else.  What is left is for the same step as the policy's: V is the mean of a
     Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
-    value_damping times the variance of the returns: the hidden layers' part of F goes with that, by the last layer's
-    weights.  These start small, so the returns should be of the order of 1, as normalize_reward makes them.  The step
-    is cut where the mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept only if that error
-    falls.  No learning rate, no minibatches, no random numbers.
+    value_damping times the variance of the returns, as the hidden layers' part of F goes with the square of the last
+    layer's weights, and these with the returns.  They start small: returns should be of the order of 1, as
+    normalize_reward makes them; those 30 times as large take several times as many fits.  The step is cut where the
+    mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept only if that error falls.  No learning
+    rate, no minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1183,12 +1184,15 @@ class RunningStats(NamedTuple):
     m2: np.ndarray  # (D,)
 
 
+@np.errstate(over="ignore")  # it is refused
 def update_stats(stats, rows):
     """stats after rows (N, D) more.  Merges two-pass moments (Chan et al. 1983): nothing cancels."""
     n, mean = _sum_over_ranks(len(rows)), _mean_over_ranks(rows.mean(axis=0), len(rows))
     total, delta = stats.count + n, mean - stats.mean
     spread = _sum_over_ranks(np.square(rows - mean).sum(axis=0))
     m2 = stats.m2 + spread + np.square(delta) * (stats.count * n / total)
+    if not np.isfinite(m2).all():  # with which nothing could be normalised, nor the state be loaded
+        raise ValueError(f"the squares of observations or rewards overflow, of up to {np.abs(rows).max():.3g}")
     return RunningStats(total, stats.mean + delta * (n / total), m2)
 
 
@@ -1480,7 +1484,7 @@ class Runner(NamedTuple):
     resetting: np.ndarray  # (E,) the next step only resets: NEXT_STEP autoreset after the end of an episode
     episode_return: np.ndarray  # (E,) raw rewards so far
     episode_length: np.ndarray  # (E,)
-    discounted: np.ndarray  # (E,) sum of raw rewards so far, each step's worth gamma of the next one's
+    discounted: np.ndarray  # (E,) g of raw rewards: g <- gamma g + r at each step, 0 where an episode starts
 
 
 class Rollout(NamedTuple):
@@ -1538,7 +1542,9 @@ def _first_runner(envs, seed):
 
 def _check_observed(finite, obs):
     if not finite:
-        raise ValueError(f"the environment returned an observation with NaN or infinity in the policy's dtype: {obs}")
+        obs = np.atleast_2d(obs)
+        worst = obs[np.nan_to_num(np.abs(obs), nan=np.inf).max(axis=1).argmax()]
+        raise ValueError(f"the environment returned an observation with NaN or infinity in the policy's dtype: {worst}")
 
 
 def _check_rewards(rewards):
@@ -1557,7 +1563,7 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
     from gymnasium.spaces import flatten
     from gymnasium.vector import AutoresetMode
 
-    mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+    mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
     E, D, K, space = envs.num_envs, policy.sizes[0], n_outputs(policy), envs.single_observation_space
     raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
     mu, (noise, actions) = np.empty((n_steps, E, K), theta.dtype), _draw(policy, rng, (n_steps, E), theta.dtype)
@@ -1575,6 +1581,7 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
         current, rewards[t], terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
         current = flatten_obs(space, current, E)
         flags[:, t] = terminated, truncated, ~resetting
+        terminated, truncated, _ = flags[:, t]  # as booleans, whatever the environment's are
         discounted[t] = running = gamma * running + rewards[t]
         episode_return += rewards[t]
         episode_length += ~resetting
@@ -1665,7 +1672,7 @@ class TrainState(NamedTuple):
     """All that training carries from one update to the next, but for the environments."""
 
     env: str  # its id, or what it calls itself
-    env_args: dict  # of gym.make, where it was made from the command line
+    env_args: dict  # of gym.make, with which --resume and --eval make it
     seed: int
     config: Config
     policy: Policy
@@ -1688,6 +1695,20 @@ class TrainState(NamedTuple):
         return act(self.policy, self.theta, obs, self.obs_stats, rng)
 
 
+def _env_args(spec):
+    """The arguments of gym.make for another environment of spec, without wrappers; none where JSON, and so a
+    checkpoint, cannot hold them."""
+    import gymnasium as gym
+
+    args, registered = dict(spec.kwargs), gym.registry.get(spec.id)
+    args.pop("render_mode", None)
+    if registered is not None and spec.max_episode_steps != registered.max_episode_steps:
+        args["max_episode_steps"] = spec.max_episode_steps
+    with contextlib.suppress(TypeError, ValueError):
+        return json.loads(json.dumps(args))
+    return {}
+
+
 def init_state(env, policy, config, seed, env_args=None):
     """The TrainState before the first step."""
     rng, value = np.random.default_rng(seed), _value_network(policy)
@@ -1701,7 +1722,8 @@ def _centre(adv, weights=1.0, group=None):
     """adv minus its weighted mean over each group (None: over all); 0 where what is left is that mean's rounding."""
     mean = _group_mean(weights * adv, group) if group else _mean_over_ranks(adv.mean(), len(adv))
     group, centred = group or len(adv), adv - mean
-    noise = group * np.finfo(adv.dtype).eps * np.abs(adv).reshape(-1, group).max(axis=1)
+    digits = (16 + np.log2(group)) * np.finfo(adv.dtype).eps  # of a sum by halves, down to 128 rows in 8 sums
+    noise = digits * np.abs(adv).reshape(-1, group).max(axis=1)
     return np.where(np.repeat(np.abs(centred).reshape(-1, group).max(axis=1) > noise, group), centred, 0)
 
 
@@ -1744,7 +1766,7 @@ def _targets(state, rollout, branches, scale):
     return batch, obs, np.concatenate([returns, branch_returns[1:][later]]), explained
 
 
-def _trust_region(state, adv):
+def _max_kl_now(state, adv):
     """max_kl of an update on advantages adv, and the mean square P of advantages up to these.
 
     max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is less
@@ -1771,7 +1793,7 @@ def learn(state, rollout, branches=None):
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
     batch, obs, returns, explained = _targets(state, rollout, branches, _inverse_std(reward_stats)[0])
-    max_kl, adv_power = _trust_region(state, batch.adv)
+    max_kl, adv_power = _max_kl_now(state, batch.adv)
     theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl))
     phi = fit_value(state.value, state.phi, obs, returns, config)
     if config.normalize_obs:
@@ -1875,7 +1897,7 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
     update might take more steps than are left.  An exception that leaves train, an interrupt as well, carries the
     state after the last finished update as its attribute .state.
     """
-    config = config or (state.config if state else Config())
+    config = (state.config if state else Config()) if config is None else config
     check_config(config)
     _check_number("seed", seed, int, "[0, inf)")
     envs, made_here = _make_envs(env, config)
@@ -1883,7 +1905,8 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
         policy, spec = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden), _spec(envs)
         if state is None:
             first = getattr(envs.unwrapped, "envs", (envs,))[0]
-            state = init_state(spec.id if spec else type(first.unwrapped).__name__, policy, config, seed)
+            name, env_args = (spec.id, _env_args(spec)) if spec else (type(first.unwrapped).__name__, {})
+            state = init_state(name, policy, config, seed, env_args)
         elif (policy, config.dtype) != (state.policy, state.theta.dtype):
             raise ValueError(
                 f"state is of another network, or {state.env} of other spaces: {state.policy} in {state.theta.dtype}, "
@@ -1964,8 +1987,11 @@ def load(path):
     path = Path(path)
     path = path / "checkpoint.npz" if path.is_dir() else path
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-            arrays = dict(content)
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # of which NumPy would say that it may be unsafe
+                raise ValueError("it is not an .npz file")
+            file.seek(0)
+            arrays = dict(np.load(file, allow_pickle=False))
         if str(arrays.pop("digest")) != _digest(arrays):
             raise ValueError("it was changed after it was written")
         plain = json.loads(str(arrays.pop("state")))
@@ -2020,7 +2046,7 @@ def read_progress(out):
     """The rows of a run's progress.csv as numbers."""
     path = out / "progress.csv"
     try:
-        lines = path.read_text().splitlines()  # all at once: a run that goes on may be writing more
+        lines = path.read_text().split("\n")[:-1]  # at once, and whole lines: a run may be writing more, or was killed
         table = csv.DictReader(lines)
         if lines and not {"update", "return_mean", "seconds"} <= set(table.fieldnames or ()):
             raise ValueError("its first line does not name the columns")
@@ -2060,12 +2086,16 @@ def _lock(out, stack):
         raise ValueError(f"{out} is in use by another process") from error
     except (ImportError, OSError):
         pass
+    for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
+        part.unlink()
 
 
 def _start_folder(out, state, stack):
-    """Makes a run's folder, and has it locked; ValueError if it holds anything already."""
+    """Makes a run's folder, and has it locked; ValueError if it holds anything already, but for what a process leaves
+    that is killed in here."""
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
+    names = {path.name for path in out.iterdir() if not path.match("checkpoint.npz.*.tmp")}
+    if names - {"progress.csv"} or (names and (out / "progress.csv").stat().st_size):
         resume = f", or --resume {out}" if (out / "checkpoint.npz").exists() else ""
         raise ValueError(f"{out} is not empty, and is not overwritten: choose another --out{resume}")
     _lock(out, stack)
@@ -2434,32 +2464,31 @@ def _old_run(given, settings, stack):
     start = start._replace(config=start.config._replace(**settings))
     check_config(start.config)
     envs = stack.enter_context(_closing(_make_envs(start.env, start.config, **start.env_args)[0]))
-    for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
-        part.unlink()
     _cut_progress(out, start.updates)
     return envs, start, out
 
 
-def _save_what_there_is(state, start, out, resumed):
-    """After an error: where the state is, in words; of a new run without an update nothing stays."""
+def _save_what_there_is(state, start, out, given, own):
+    """After an error: where the state is, in words; of a new run without an update nothing stays (out, if own)."""
     if state.updates > start.updates:
         return f"; the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
-    if not resumed:
+    if "resume" not in given:
         with contextlib.suppress(OSError):
             for path in (*out.glob("events.*"), *(out / name for name in ("config.json", "progress.csv"))):
                 path.unlink(missing_ok=True)
             (out / "checkpoint.npz").unlink(missing_ok=True)
-            out.rmdir()
+            if own:
+                out.rmdir()
             if out.parent == Path("runs"):
                 out.parent.rmdir()  # if it is empty
     return ""
 
 
 def _run_train(given):
-    begin, resumed = time.perf_counter(), "resume" in given
+    begin, own = time.perf_counter(), not ("out" in given and given["out"].exists())  # whose folder it is
     settings = {name: _tuple(value) for name, value in given.items() if name in _FIELDS}
     with contextlib.ExitStack() as stack, _signals_noted() as signals:
-        envs, start, out = (_old_run if resumed else _new_run)(given, settings, stack)
+        envs, start, out = (_old_run if "resume" in given else _new_run)(given, settings, stack)
         if _ranks is not None:
             _ranks.bcast((start, out))  # to _run_other_rank
         try:
@@ -2474,7 +2503,7 @@ def _run_train(given):
                 more = "--no-stop-when-solved" if state.solved else "a larger --total-steps"
                 raise ValueError(f"no update is left to do after {start.steps:,} steps: to go on, give {more}")
         except BaseException as error:
-            error.fate = _save_what_there_is(getattr(error, "state", start), start, out, resumed)
+            error.fate = _save_what_there_is(getattr(error, "state", start), start, out, given, own)
             if signals and isinstance(error, KeyboardInterrupt):
                 error.code = 128 + signals[0]
             raise
