@@ -1462,11 +1462,11 @@ def _check_restorable(env):
         list(play(actions[:10]))
         saved = save_env(env)
         first, repeats = list(play(actions[10:])), []
-        for elsewhere in (0, 7):
+        for elsewhere in (0, 7):  # where the environment is when it is restored: at a start, then some steps off
             env.reset()
             list(play(actions[:elsewhere]))
             restore_env(env, saved)
-            env.np_random = env.np_random  # as branch does
+            env.np_random = env.np_random  # branch sets it, which some classes refuse
             repeats.append(list(play(actions[10:])))
         why = None if repeats == [first, first] else "restored, it does not repeat the same transitions"
         restore_env(env, before)
@@ -1892,10 +1892,10 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
 
     env: an id, a callable that makes a gym.Env, or one gym.Env or VectorEnv, which then sets the number of
     environments.  state: one to go on from, in new episodes, with its own random numbers and, unless given, config.
-    callback(state, info, explained variance) is called after each update; returning True stops.  Stops
-    before total_steps at the environment's reward threshold, if stop_when_solved, and with vine sampling where another
-    update might take more steps than are left.  An exception that leaves train, an interrupt as well, carries the
-    state after the last finished update as its attribute .state.
+    callback(state, info, explained variance) is called after each update; returning True stops.  Stops before
+    total_steps at the reward threshold that the environment is registered with (whatever wrappers make of rewards), if
+    stop_when_solved, and with vine sampling where another update might take more steps than are left.  An exception
+    that leaves train, an interrupt as well, carries the state after the last finished update as its attribute .state.
     """
     config = (state.config if state else Config()) if config is None else config
     check_config(config)
