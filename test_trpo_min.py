@@ -4016,6 +4016,10 @@ def test_what_the_environment_was_made_with_is_kept_by_train_too(tmp_path, capsy
     main("--eval", tmp_path, "--episodes", 2)
     assert "length 30.0, from 30 to 30" in capsys.readouterr().out
     assert tm.train("CartPole-v1", config).env_args == {}
+    for mode in ("sync", "vector_entry_point"):
+        state = tm.train(gym.make_vec("CartPole-v1", 3, mode, sutton_barto_reward=True), config)
+        assert state.env_args["sutton_barto_reward"]
+        gym.make(state.env, **state.env_args)
     gym.register("Held-v0", lambda held: gym.make("CartPole-v1").unwrapped)
     assert tm.train(lambda: gym.make("Held-v0", held={1}), config).env_args == {}  # no JSON
     del gym.registry["Held-v0"]

@@ -1700,8 +1700,9 @@ def _env_args(spec):
     checkpoint, cannot hold them."""
     import gymnasium as gym
 
-    args, registered = dict(spec.kwargs), gym.registry.get(spec.id)
-    args.pop("render_mode", None)
+    not_kept = {"render_mode", "num_envs", "vectorization_mode", "vector_kwargs", "wrappers"}  # of gym.make_vec
+    args = {name: value for name, value in spec.kwargs.items() if name not in not_kept}
+    registered = gym.registry.get(spec.id)
     if registered is not None and spec.max_episode_steps != registered.max_episode_steps:
         args["max_episode_steps"] = spec.max_episode_steps
     with contextlib.suppress(TypeError, ValueError):
@@ -1722,7 +1723,7 @@ def _centre(adv, weights=1.0, group=None):
     """adv minus its weighted mean over each group (None: over all); 0 where what is left is that mean's rounding."""
     mean = _group_mean(weights * adv, group) if group else _mean_over_ranks(adv.mean(), len(adv))
     group, centred = group or len(adv), adv - mean
-    digits = (16 + np.log2(group)) * np.finfo(adv.dtype).eps  # of a sum by halves, down to 128 rows in 8 sums
+    digits = (16 + np.log2(group)) * np.finfo(adv.dtype).eps  # NumPy sums by halves, down to 128 rows, these in 8 sums
     noise = digits * np.abs(adv).reshape(-1, group).max(axis=1)
     return np.where(np.repeat(np.abs(centred).reshape(-1, group).max(axis=1) > noise, group), centred, 0)
 
@@ -2075,7 +2076,8 @@ def _write_config(out, state):
 
 
 def _lock(out, stack):
-    """ValueError if another process has the run; nothing where there are no locks, as on Windows."""
+    """ValueError if another process has the run (where there are locks: not on Windows); else removes what one left
+    that was killed while it wrote."""
     (out / "progress.csv").touch()
     file = stack.enter_context(open(out / "progress.csv", "rb"))  # noqa: SIM115
     try:
@@ -2086,7 +2088,7 @@ def _lock(out, stack):
         raise ValueError(f"{out} is in use by another process") from error
     except (ImportError, OSError):
         pass
-    for part in out.glob("checkpoint.npz.*.tmp"):  # what a killed process left
+    for part in out.glob("checkpoint.npz.*.tmp"):
         part.unlink()
 
 
@@ -2468,8 +2470,9 @@ def _old_run(given, settings, stack):
     return envs, start, out
 
 
-def _save_what_there_is(state, start, out, given, own):
-    """After an error: where the state is, in words; of a new run without an update nothing stays (out, if own)."""
+def _save_what_there_is(state, start, out, given, existed):
+    """After an error: where the state is, in words.  Of a new run without an update nothing stays, but out, if it
+    existed."""
     if state.updates > start.updates:
         return f"; the state after {state.steps:,} steps is saved in {_rescue(state, out)}"
     if "resume" not in given:
@@ -2477,7 +2480,7 @@ def _save_what_there_is(state, start, out, given, own):
             for path in (*out.glob("events.*"), *(out / name for name in ("config.json", "progress.csv"))):
                 path.unlink(missing_ok=True)
             (out / "checkpoint.npz").unlink(missing_ok=True)
-            if own:
+            if not existed:
                 out.rmdir()
             if out.parent == Path("runs"):
                 out.parent.rmdir()  # if it is empty
@@ -2485,7 +2488,7 @@ def _save_what_there_is(state, start, out, given, own):
 
 
 def _run_train(given):
-    begin, own = time.perf_counter(), not ("out" in given and given["out"].exists())  # whose folder it is
+    begin, existed = time.perf_counter(), "out" in given and given["out"].exists()
     settings = {name: _tuple(value) for name, value in given.items() if name in _FIELDS}
     with contextlib.ExitStack() as stack, _signals_noted() as signals:
         envs, start, out = (_old_run if "resume" in given else _new_run)(given, settings, stack)
@@ -2503,7 +2506,7 @@ def _run_train(given):
                 more = "--no-stop-when-solved" if state.solved else "a larger --total-steps"
                 raise ValueError(f"no update is left to do after {start.steps:,} steps: to go on, give {more}")
         except BaseException as error:
-            error.fate = _save_what_there_is(getattr(error, "state", start), start, out, given, own)
+            error.fate = _save_what_there_is(getattr(error, "state", start), start, out, given, existed)
             if signals and isinstance(error, KeyboardInterrupt):
                 error.code = 128 + signals[0]
             raise
