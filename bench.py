@@ -1199,20 +1199,20 @@ def bound(args):
 
 
 # ======================================================================================================== the value fit
-FITS = {  # settings, and of how many rollouts the rows are
-    "default": ({}, 1),
-    "value_iters 2": ({"value_iters": 2}, 1),
-    "value_iters 3": ({"value_iters": 3}, 1),
-    "cg_iters 5": ({"cg_iters": 5}, 1),
-    "cg_iters 20": ({"cg_iters": 20}, 1),
-    "cg_iters 40": ({"cg_iters": 40}, 1),
-    "value_damping 0.01": ({"value_damping": 0.01}, 1),
-    "value_damping 0.1": ({"value_damping": 0.1}, 1),
-    "value_kl 0.05": ({"value_kl": 0.05}, 1),
-    "value_kl 1": ({"value_kl": 1.0}, 1),
-    "2 rollouts": ({}, 2),
-    "4 rollouts": ({}, 4),
-    "4 rollouts, value_iters 3, cg_iters 40": ({"value_iters": 3, "cg_iters": 40}, 4),
+FITS = {
+    "default": {},
+    "value_rollouts 1": {"value_rollouts": 1},
+    "value_rollouts 2": {"value_rollouts": 2},
+    "value_rollouts 8": {"value_rollouts": 8},
+    "value_iters 2": {"value_iters": 2},
+    "value_iters 3": {"value_iters": 3},
+    "cg_iters 5": {"cg_iters": 5},
+    "cg_iters 20": {"cg_iters": 20},
+    "cg_iters 40": {"cg_iters": 40},
+    "value_damping 0.01": {"value_damping": 0.01},
+    "value_damping 0.1": {"value_damping": 0.1},
+    "value_kl 0.05": {"value_kl": 0.05},
+    "value_kl 1": {"value_kl": 1.0},
 }
 
 
@@ -1224,21 +1224,21 @@ def followed(env, settings, steps):
     """
     phis, found, rollouts, learn = {}, {name: [] for name in FITS}, [], tm.learn
 
-    def learn_beside(state, rollout, branches=None):
-        rollouts[:] = [*rollouts[-3:], rollout]
+    def learn_beside(state, rollout, *rest):
+        rollouts[:] = [*rollouts[-7:], rollout]
         reward_stats = tm.update_stats(state.reward_stats, rollout.discounted[rollout.real][:, None])
         scale = reward_scale(state._replace(reward_stats=reward_stats))
         monte_carlo = state._replace(config=state.config._replace(lam=1.0))
         _, obs, G, _ = tm._targets(monte_carlo, rollout, None, scale)
-        for name, (changes, n_rollouts) in FITS.items():
+        for name, changes in FITS.items():
             mine = state._replace(phi=phis.get(name, state.phi), config=state.config._replace(**changes))
             error = tm.forward(state.value, mine.phi, obs)[:, 0] - G
-            targets = (tm._targets(mine, each, None, scale)[1:3] for each in rollouts[-n_rollouts:])
-            rows = [np.concatenate(arrays) for arrays in zip(*targets, strict=True)]
+            _, *targets, _ = tm._targets(mine, rollout, None, scale)
+            rows = tm._value_rows(mine, rollouts[-mine.config.value_rollouts : -1], targets, scale)
             start = time.perf_counter()
             phis[name] = tm.fit_value(state.value, mine.phi, *rows, mine.config)
             found[name].append((1 - np.var(error) / np.var(G), time.perf_counter() - start))
-        return learn(state, rollout, branches)
+        return learn(state, rollout, *rest)
 
     with unittest.mock.patch.object(tm, "learn", learn_beside):
         config = tm.Config(stop_when_solved=False, **settings)

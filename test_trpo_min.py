@@ -27,7 +27,7 @@ import time
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1894,6 +1894,69 @@ def test_one_iteration_scales_rewards_fits_the_value_function_and_reports_what_i
     theta, expected = tm.trpo_update(state.policy, state.theta, batch, state.config)
     assert allclose(after.theta, theta, rtol=1e-9, atol=1e-12)
     assert isclose(info.surrogate, expected.surrogate, rtol=1e-9)
+
+
+def test_the_value_function_also_learns_from_earlier_rollouts_their_returns_by_the_value_function_of_now():
+    envs = counters(2, AutoresetMode.SAME_STEP)
+    state, runner = start(envs, tm.Config(hidden=(8,)))
+    rng, rollouts = np.random.default_rng(0), []
+    for _ in range(3):
+        now = envs, state.policy, state.theta, state.obs_stats
+        rollout, runner = tm.collect(*now, runner, rng, 30)
+        rollouts.append(rollout)
+        before, (state, *_) = state, tm.learn(state, rollout, earlier=rollouts[:-1])
+    stats, variance = before.obs_stats, state.reward_stats.m2 / state.reward_stats.count
+    obs, returns = [], []
+    for each in (rollouts[2], *rollouts[:2]):
+        deviation = np.sqrt(stats.m2 / stats.count + 1e-8)
+        seen, last = (((raw - stats.mean) / deviation).clip(-10, 10) for raw in (each.raw_obs, each.last_obs))
+        V, after = (dense_forward(before.value, before.phi, x.reshape(-1, 2)).reshape(-1, 2) for x in (seen, last))
+        after = np.concatenate([V[1:], after])
+        for (t, e), final in zip(each.final_at, each.final_obs, strict=True):
+            final = ((final - stats.mean) / deviation).clip(-10, 10)
+            after[t, e] = dense_forward(before.value, before.phi, final[None])[0, 0]
+        ends = each.terminated, each.truncated, before.config.gamma, before.config.lam
+        G = tm.gae(each.rewards / np.sqrt(variance + 1e-8), V, after, *ends)[1]
+        # in the third update: the third, sixth, ... of a rollout's rows, those of the first environment first
+        obs.append(np.concatenate([seen[:, 0], seen[:, 1]])[2::3])
+        returns.append(np.concatenate([G[:, 0], G[:, 1]])[2::3])
+    assert not np.allclose(obs[1][:9], rollouts[0].obs[2:29:3, 0])  # the statistics have moved since
+    expected = tm.fit_value(before.value, before.phi, np.concatenate(obs), np.concatenate(returns), before.config)
+    assert allclose(state.phi, expected, rtol=1e-7, atol=1e-9)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 12))
+def test_each_row_of_n_rollouts_is_fitted_once_in_n_updates_and_all_environments_are_in_each_fit_alike(E, n, n_steps):
+    assume(E * n_steps >= n)
+    numbers, rollouts, fitted, learn, fit_value = count(), [], [], tm.learn, tm.fit_value
+
+    class Numbered(Counter):
+        """Observes a number that no other observation has."""
+
+        observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
+
+        def _obs(self):
+            return np.array([next(numbers)], np.float64)
+
+    def noted(state, rollout, *rest):
+        rollouts.append(rollout.raw_obs[..., 0])
+        return learn(state, rollout, *rest)
+
+    def noted_fit(value, phi, obs, *rest):
+        fitted.append(obs[:, 0])
+        return fit_value(value, phi, obs, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tm, "learn", noted)
+        patch.setattr(tm, "fit_value", noted_fit)
+        sizes = {"num_envs": E, "rollout_steps": E * n_steps, "total_steps": E * n_steps * 3 * n}
+        tm.train(Numbered, tm.Config(hidden=(4,), normalize_obs=False, value_rollouts=n, **sizes))
+    assert len(fitted) == len(rollouts) == 3 * n
+    for k in range(n - 1, 2 * n):
+        rows = np.concatenate(fitted[k : k + n])
+        assert np.isin(rows, rollouts[k]).sum() == rollouts[k].size and np.isin(rollouts[k], rows).all()
+        of_each = [np.isin(fitted[k], [each[:, e] for each in rollouts]).sum() for e in range(E)]
+        assert max(of_each) - min(of_each) <= n and abs(len(fitted[k]) - E * n_steps) <= n
 
 
 @given(seeds, st.integers(1, 3), st.integers(0, 3))

@@ -234,6 +234,9 @@ class Config(NamedTuple):
     cg_tol: Annotated[float, "[0, 1)", "stop a solve at this residual relative to the right-hand side"] = 0.01
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
+    value_rollouts: Annotated[
+        int, "[1, inf)", "newest rollouts the value function is fitted to, to as many rows as one has"
+    ] = 4
     value_iters: Annotated[
         int, "[0, inf)", "Gauss-Newton steps of the value function per update; 0: only its mean error"
     ] = 1
@@ -1669,7 +1672,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
 
 # ============================================================================================================= training
 class TrainState(NamedTuple):
-    """All that training carries from one update to the next, but for the environments."""
+    """All that training carries from one update to the next, but for the environments and earlier rollouts."""
 
     env: str  # its id, or what it calls itself
     env_args: dict  # of gym.make, with which --resume and --eval make it
@@ -1754,12 +1757,13 @@ def _vine_batch(policy, config, branches, adv):
 
 def _targets(state, rollout, branches, scale):
     """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
-    function, and the variance of the returns that it explained so far."""
-    adv, returns = (each[rollout.real] for each in _advantages(state, rollout, rollout.rewards * scale))
-    obs, variance = rollout.obs[rollout.real], _variance(returns)
+    function, environment by environment, and the variance of the returns that it explained so far."""
+    real, (adv, returns) = rollout.real, _advantages(state, rollout, rollout.rewards * scale)
+    adv, obs, returns = adv[real], rollout.obs.swapaxes(0, 1)[real.T], returns.T[real.T]
+    variance = _variance(returns)
     explained = float(1 - _variance(adv) / variance) if variance > 0 else 0.0
     if branches is None:
-        batch = Batch(obs, rollout.actions[rollout.real], _centre(adv), rollout.mu[rollout.real])
+        batch = Batch(rollout.obs[real], rollout.actions[real], _centre(adv), rollout.mu[real])
         return batch, obs, returns, explained
     branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
     batch, later = _vine_batch(state.policy, state.config, branches, branch_adv), branches.real[1:]
@@ -1783,20 +1787,37 @@ def _max_kl_now(state, adv):
     return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), mean
 
 
-def learn(state, rollout, branches=None):
+def _value_rows(state, rollouts, targets, scale):
+    """Observations and returns that the value function is fitted to: targets, and those of earlier rollouts.
+
+    A rollout is few rows, those of one environment alike: fitted to them alone, the value function learns the rollout
+    by heart.  Of n rollouts it gets every n-th row, so as many as one has, and in n updates each.  Returns are by the
+    value function of now, not by that of when the rollout was made.
+    """
+    rows, n = [targets], 1 + len(rollouts)
+    for rollout in rollouts:
+        obs = normalize(state.obs_stats, rollout.raw_obs.reshape(-1, rollout.obs.shape[-1]), rollout.obs.dtype)
+        seen_now = rollout._replace(obs=obs.reshape(rollout.obs.shape))
+        rows.append(_targets(state, seen_now, None, scale)[1:3])
+    return [np.concatenate([x[state.updates % min(n, len(x)) :: n] for x in each]) for each in zip(*rows, strict=True)]
+
+
+def learn(state, rollout, branches=None, earlier=()):
     """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
 
-    With branches, the policy learns from these, and the value function from all rows but the first of each branch.
-    Observation statistics move last: rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo,
-    explained variance of the value function on the rollout).
+    earlier: rollouts of before, that the value function is fitted to as well.  With branches, the policy learns from
+    these, and the value function from all rows but the first of each branch.  Observation statistics move last:
+    rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo, explained variance of the value
+    function on the rollout).
     """
     config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
-    batch, obs, returns, explained = _targets(state, rollout, branches, _inverse_std(reward_stats)[0])
+    scale = _inverse_std(reward_stats)[0]
+    batch, *targets, explained = _targets(state, rollout, branches, scale)
     max_kl, adv_power = _max_kl_now(state, batch.adv)
     theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl))
-    phi = fit_value(state.value, state.phi, obs, returns, config)
+    phi = fit_value(state.value, state.phi, *_value_rows(state, earlier, targets, scale), config)
     if config.normalize_obs:
         obs_stats = update_stats(obs_stats, rollout.raw_obs[real])
     steps = int(real.sum()) + (int(branches.real.sum()) if branches else 0)
@@ -1861,7 +1882,7 @@ def _iterate(envs, state, threshold, callback):
         rng.bit_generator.state = state.rng_state
         if _ranks is not None:  # a stream for each rank; state has that of rank 0
             rng = np.random.Generator(rng.bit_generator.jumped(_ranks.rank))
-        runner = _first_runner(envs, int(rng.integers(2**31)))
+        runner, rollouts = _first_runner(envs, int(rng.integers(2**31))), []
         while not stop and not state.solved and state.steps + least <= config.total_steps:
             n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // n_envs)
             now = envs, policy, state.theta, state.obs_stats
@@ -1871,7 +1892,8 @@ def _iterate(envs, state, threshold, callback):
             branches = branch(*now, rollout, rng, config) if n_saved else None
             rng_state = rng.bit_generator.state  # of rank 0, so that any number of ranks can go on from the state
             rng_state = rng_state if _ranks is None else _ranks.bcast(rng_state)
-            state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches)
+            *earlier, _ = rollouts = [*rollouts, rollout][-config.value_rollouts :]
+            state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches, earlier)
             if threshold is not None and len(state.returns) == 100:
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
@@ -2212,6 +2234,7 @@ _GROUPS = {  # the first setting of each group
     "total_steps": "environment",
     "gamma": "advantages",
     "max_kl": "policy update",
+    "value_rollouts": "value function",
     "value_iters": "value function",
 }
 
