@@ -2417,9 +2417,9 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     assert isclose(info.surrogate, expected.surrogate, rtol=1e-9)
     assert isclose(info.adv_largest, np.abs(q[0] - V).max(), rtol=1e-9)
     later = branches.real[1:]
-    obs = np.concatenate([rollout.obs.reshape(80, -1), branches.obs[1:][later]])
+    obs = np.concatenate([*rollout.obs.swapaxes(0, 1), branches.obs[1:][later]])  # the order has a say in rounding
     returns = tm._advantages(state, rollout, rollout.rewards * scale)[1]
-    phi = tm.fit_value(state.value, state.phi, obs, np.concatenate([returns.ravel(), q[1:][later]]), state.config)
+    phi = tm.fit_value(state.value, state.phi, obs, np.concatenate([*returns.T, q[1:][later]]), state.config)
     assert allclose(after.phi, phi, rtol=1e-9, atol=1e-12)
     assert after.steps == 80 + branches.real.sum()
 
