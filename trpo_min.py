@@ -235,7 +235,7 @@ class Config(NamedTuple):
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
     value_rollouts: Annotated[
-        int, "[1, inf)", "newest rollouts the value function is fitted to, to as many rows as one has"
+        int, "[1, inf)", "the value function is fitted to every n-th row of the newest n rollouts"
     ] = 4
     value_iters: Annotated[
         int, "[0, inf)", "Gauss-Newton steps of the value function per update; 0: only its mean error"
@@ -1788,11 +1788,11 @@ def _max_kl_now(state, adv):
 
 
 def _value_rows(state, rollouts, targets, scale):
-    """Observations and returns that the value function is fitted to: targets, and those of earlier rollouts.
+    """Observations and returns that the value function is fitted to: of targets, the newest, and of earlier rollouts.
 
-    A rollout is few rows, those of one environment alike: fitted to them alone, the value function learns the rollout
-    by heart.  Of n rollouts it gets every n-th row, so as many as one has, and in n updates each.  Returns are by the
-    value function of now, not by that of when the rollout was made.
+    A rollout is few rows, and these alike: fitted to one alone, the value function learns it by heart.  Every n-th row
+    of n rollouts is as many rows, less alike; in n updates each row is used once.  Earlier rollouts are seen and valued
+    with the statistics and the value function of now: returns of when they were made are of a worse one.
     """
     rows, n = [targets], 1 + len(rollouts)
     for rollout in rollouts:
@@ -1805,10 +1805,10 @@ def _value_rows(state, rollouts, targets, scale):
 def learn(state, rollout, branches=None, earlier=()):
     """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
 
-    earlier: rollouts of before, that the value function is fitted to as well.  With branches, the policy learns from
-    these, and the value function from all rows but the first of each branch.  Observation statistics move last:
-    rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo, explained variance of the value
-    function on the rollout).
+    earlier: rollouts that the value function is fitted to as well.  With branches, the policy learns from these, and
+    the value function also, but for the first row of each branch.  Observation statistics move last: rollout and update
+    see one and the same policy.  Returns (TrainState, UpdateInfo, explained variance of the value function on the
+    rollout).
     """
     config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
@@ -2235,7 +2235,6 @@ _GROUPS = {  # the first setting of each group
     "gamma": "advantages",
     "max_kl": "policy update",
     "value_rollouts": "value function",
-    "value_iters": "value function",
 }
 
 
