@@ -1173,7 +1173,7 @@ def reward_scale(state):
 def bound(args):
     """The step that maximises the lower bound of E11 beside the trust region's, in one update on CartPole-v1."""
     state, sample = at_rest("CartPole-v1", tm.Config(max_kl=0.01, kl_schedule="constant"), 20)
-    batch, *_ = tm._targets(state, *sample(), reward_scale(state))
+    batch, *_ = tm._targets(state, *sample(), (), reward_scale(state))
     gamma, found = state.config.gamma, []
     print(machine())
     print("\none update on CartPole-v1 after 20, stopped at different KL; in units of the scaled return")
@@ -1229,13 +1229,13 @@ def followed(env, settings, steps):
         reward_stats = tm.update_stats(state.reward_stats, rollout.discounted[rollout.real][:, None])
         scale = reward_scale(state._replace(reward_stats=reward_stats))
         monte_carlo = state._replace(config=state.config._replace(lam=1.0))
-        _, obs, G, _ = tm._targets(monte_carlo, rollout, None, scale)
+        _, obs, G, _ = tm._targets(monte_carlo, rollout, None, (), scale)
         for name, changes in FITS.items():
             mine = state._replace(phi=phis.get(name, state.phi), config=state.config._replace(**changes))
             error = tm.forward(state.value, mine.phi, obs)[:, 0] - G
-            _, *targets, _ = tm._targets(mine, rollout, None, scale)
-            rows = tm._value_rows(mine, rollouts[-mine.config.value_rollouts : -1], targets, scale)
             start = time.perf_counter()
+            earlier = rollouts[-mine.config.value_rollouts : -1]
+            _, *rows, _ = tm._targets(mine, rollout, None, earlier, scale)
             phis[name] = tm.fit_value(state.value, mine.phi, *rows, mine.config)
             found[name].append((1 - np.var(error) / np.var(G), time.perf_counter() - start))
         return learn(state, rollout, *rest)
@@ -1291,7 +1291,7 @@ def gradient_noise(env, kind, updates, seed, n=32):
     grads, steps = [], 0
     for _ in range(n):
         rollout, branches = sample()
-        batch, *_ = tm._targets(state, rollout, branches, reward_scale(state))
+        batch, *_ = tm._targets(state, rollout, branches, (), reward_scale(state))
         grads.append(tm.surrogate_grad(state.policy, state.theta, batch))
         steps += rollout.real.sum() + (branches.real.sum() if branches else 0)
     mean, variance = np.mean(grads, axis=0), np.var(grads, axis=0, ddof=1).sum()

@@ -1907,7 +1907,7 @@ def test_the_value_function_also_learns_from_earlier_rollouts_their_returns_by_t
         before, (state, *_) = state, tm.learn(state, rollout, earlier=rollouts[:-1])
     stats, variance = before.obs_stats, state.reward_stats.m2 / state.reward_stats.count
     obs, returns = [], []
-    for each in (rollouts[2], *rollouts[:2]):
+    for age, each in enumerate(reversed(rollouts)):
         deviation = np.sqrt(stats.m2 / stats.count + 1e-8)
         seen, last = (((raw - stats.mean) / deviation).clip(-10, 10) for raw in (each.raw_obs, each.last_obs))
         V, after = (dense_forward(before.value, before.phi, x.reshape(-1, 2)).reshape(-1, 2) for x in (seen, last))
@@ -1917,10 +1917,10 @@ def test_the_value_function_also_learns_from_earlier_rollouts_their_returns_by_t
             after[t, e] = dense_forward(before.value, before.phi, final[None])[0, 0]
         ends = each.terminated, each.truncated, before.config.gamma, before.config.lam
         G = tm.gae(each.rewards / np.sqrt(variance + 1e-8), V, after, *ends)[1]
-        # in the third update: the third, sixth, ... of a rollout's rows, those of the first environment first
-        obs.append(np.concatenate([seen[:, 0], seen[:, 1]])[2::3])
-        returns.append(np.concatenate([G[:, 0], G[:, 1]])[2::3])
-    assert not np.allclose(obs[1][:9], rollouts[0].obs[2:29:3, 0])  # the statistics have moved since
+        # of the newest the first, fourth, ... row, of the one before the second, fifth, ...
+        obs.append(np.concatenate([seen[:, 0], seen[:, 1]])[age::3])
+        returns.append(np.concatenate([G[:, 0], G[:, 1]])[age::3])
+    assert not np.allclose(obs[2][:9], rollouts[0].obs[2:29:3, 0])  # the statistics have moved since
     expected = tm.fit_value(before.value, before.phi, np.concatenate(obs), np.concatenate(returns), before.config)
     assert allclose(state.phi, expected, rtol=1e-7, atol=1e-9)
 

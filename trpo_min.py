@@ -28,6 +28,7 @@ sampling S states of each environment, K actions in each, and branches of L step
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -1755,20 +1756,35 @@ def _vine_batch(policy, config, branches, adv):
     return Batch(obs, actions, _centre(adv[0], weights, K), mu, weights, K)
 
 
-def _targets(state, rollout, branches, scale):
+def _real_rows(rollout, *arrays):
+    """The real rows of arrays (T, E, ...), environment by environment."""
+    return [x.swapaxes(0, 1)[rollout.real.T] for x in arrays]
+
+
+def _targets(state, rollout, branches, earlier, scale):
     """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
-    function, environment by environment, and the variance of the returns that it explained so far."""
-    real, (adv, returns) = rollout.real, _advantages(state, rollout, rollout.rewards * scale)
-    adv, obs, returns = adv[real], rollout.obs.swapaxes(0, 1)[real.T], returns.T[real.T]
-    variance = _variance(returns)
+    function, and the variance of the returns that it explained so far.
+
+    A rollout is few rows, and these alike: fitted to one alone, the value function learns it by heart.  Every n-th row
+    of n rollouts is as many rows, less alike, and each row once in n updates.  Earlier rollouts are normalised and
+    valued as of now; that they are of earlier policies goes uncorrected.
+    """
+    adv, returns = _advantages(state, rollout, rollout.rewards * scale)
+    adv, obs, actions, mu, returns = _real_rows(rollout, adv, rollout.obs, rollout.actions, rollout.mu, returns)
+    variance, rows = _variance(returns), [(obs, returns)]
     explained = float(1 - _variance(adv) / variance) if variance > 0 else 0.0
+    for each in reversed(earlier):
+        flat = each.raw_obs.reshape(-1, each.raw_obs.shape[-1])
+        each = each._replace(obs=normalize(state.obs_stats, flat, obs.dtype).reshape(each.obs.shape))
+        rows.append(_real_rows(each, each.obs, _advantages(state, each, each.rewards * scale)[1]))
+    rows = [[x[age % len(x) :: len(rows)] for x in each] for age, each in enumerate(rows)]
     if branches is None:
-        batch = Batch(rollout.obs[real], rollout.actions[real], _centre(adv), rollout.mu[real])
-        return batch, obs, returns, explained
-    branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
-    batch, later = _vine_batch(state.policy, state.config, branches, branch_adv), branches.real[1:]
-    obs = np.concatenate([obs, branches.obs[1:][later]])
-    return batch, obs, np.concatenate([returns, branch_returns[1:][later]]), explained
+        batch = Batch(obs, actions, _centre(adv), mu)
+    else:
+        branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
+        batch, later = _vine_batch(state.policy, state.config, branches, branch_adv), branches.real[1:]
+        rows.append((branches.obs[1:][later], branch_returns[1:][later]))
+    return batch, *(np.concatenate(parts) for parts in zip(*rows, strict=True)), explained
 
 
 def _max_kl_now(state, adv):
@@ -1787,21 +1803,6 @@ def _max_kl_now(state, adv):
     return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), mean
 
 
-def _value_rows(state, rollouts, targets, scale):
-    """Observations and returns that the value function is fitted to: of targets, the newest, and of earlier rollouts.
-
-    A rollout is few rows, and these alike: fitted to one alone, the value function learns it by heart.  Every n-th row
-    of n rollouts is as many rows, less alike; in n updates each row is used once.  Earlier rollouts are seen and valued
-    with the statistics and the value function of now: returns of when they were made are of a worse one.
-    """
-    rows, n = [targets], 1 + len(rollouts)
-    for rollout in rollouts:
-        obs = normalize(state.obs_stats, rollout.raw_obs.reshape(-1, rollout.obs.shape[-1]), rollout.obs.dtype)
-        seen_now = rollout._replace(obs=obs.reshape(rollout.obs.shape))
-        rows.append(_targets(state, seen_now, None, scale)[1:3])
-    return [np.concatenate([x[state.updates % min(n, len(x)) :: n] for x in each]) for each in zip(*rows, strict=True)]
-
-
 def learn(state, rollout, branches=None, earlier=()):
     """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
 
@@ -1813,11 +1814,10 @@ def learn(state, rollout, branches=None, earlier=()):
     config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
-    scale = _inverse_std(reward_stats)[0]
-    batch, *targets, explained = _targets(state, rollout, branches, scale)
+    batch, obs, returns, explained = _targets(state, rollout, branches, earlier, _inverse_std(reward_stats)[0])
     max_kl, adv_power = _max_kl_now(state, batch.adv)
     theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl))
-    phi = fit_value(state.value, state.phi, *_value_rows(state, earlier, targets, scale), config)
+    phi = fit_value(state.value, state.phi, obs, returns, config)
     if config.normalize_obs:
         obs_stats = update_stats(obs_stats, rollout.raw_obs[real])
     steps = int(real.sum()) + (int(branches.real.sum()) if branches else 0)
@@ -1882,7 +1882,8 @@ def _iterate(envs, state, threshold, callback):
         rng.bit_generator.state = state.rng_state
         if _ranks is not None:  # a stream for each rank; state has that of rank 0
             rng = np.random.Generator(rng.bit_generator.jumped(_ranks.rank))
-        runner, rollouts = _first_runner(envs, int(rng.integers(2**31))), []
+        runner = _first_runner(envs, int(rng.integers(2**31)))
+        earlier = collections.deque(maxlen=int(config.value_rollouts) - 1)
         while not stop and not state.solved and state.steps + least <= config.total_steps:
             n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // n_envs)
             now = envs, policy, state.theta, state.obs_stats
@@ -1892,8 +1893,8 @@ def _iterate(envs, state, threshold, callback):
             branches = branch(*now, rollout, rng, config) if n_saved else None
             rng_state = rng.bit_generator.state  # of rank 0, so that any number of ranks can go on from the state
             rng_state = rng_state if _ranks is None else _ranks.bcast(rng_state)
-            *earlier, _ = rollouts = [*rollouts, rollout][-config.value_rollouts :]
             state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches, earlier)
+            earlier.append(rollout._replace(saved=[]))
             if threshold is not None and len(state.returns) == 100:
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
