@@ -1955,6 +1955,7 @@ def test_each_row_of_n_rollouts_is_fitted_once_in_n_updates_and_all_environments
     for k in range(n - 1, 2 * n):
         rows = np.concatenate(fitted[k : k + n])
         assert np.isin(rows, rollouts[k]).sum() == rollouts[k].size and np.isin(rollouts[k], rows).all()
+        assert all(np.isin(fitted[k], each).any() for each in rollouts[k - n + 1 : k + 1])
         of_each = [np.isin(fitted[k], [each[:, e] for each in rollouts]).sum() for e in range(E)]
         assert max(of_each) - min(of_each) <= n and abs(len(fitted[k]) - E * n_steps) <= n
 
@@ -2403,9 +2404,10 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     envs = SyncVectorEnv([lambda: Walk(action_space)] * 2, autoreset_mode=AutoresetMode.DISABLED)
     state, runner = start(envs, tm.Config(hidden=(8,), vine_steps=6))
     now, rng = (envs, state.policy, state.theta, state.obs_stats), np.random.default_rng(0)
+    first, runner = tm.collect(*now, runner, rng, 30)
     rollout, _ = tm.collect(*now, runner, rng, 40, 0.995, 10)
     branches = tm.branch(*now, rollout, rng, state.config)
-    after, info, _ = tm.learn(state, rollout, branches)
+    after, info, _ = tm.learn(state, rollout, branches, [first])
     scale = 1 / np.sqrt(rollout.discounted.var() + 1e-8)
     q = tm._advantages(state, branches, branches.rewards * scale)[1]
     K, mu, actions = (3 if action_space else 4), branches.mu[0], branches.actions[0]
@@ -2417,9 +2419,13 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     assert isclose(info.surrogate, expected.surrogate, rtol=1e-9)
     assert isclose(info.adv_largest, np.abs(q[0] - V).max(), rtol=1e-9)
     later = branches.real[1:]
-    obs = np.concatenate([*rollout.obs.swapaxes(0, 1), branches.obs[1:][later]])  # the order has a say in rounding
-    returns = tm._advantages(state, rollout, rollout.rewards * scale)[1]
-    phi = tm.fit_value(state.value, state.phi, obs, np.concatenate([*returns.T, q[1:][later]]), state.config)
+    rows = [(branches.obs[1:][later], q[1:][later])]  # and of each rollout every second
+    for each in (first, rollout):
+        returns = tm._advantages(state, each, each.rewards * scale)[1]
+        both = np.concatenate([*each.obs.swapaxes(0, 1)]), np.concatenate([*returns.T])
+        rows.insert(0, [x[int(each is first) :: 2] for x in both])
+    obs, returns = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    phi = tm.fit_value(state.value, state.phi, obs, returns, state.config)
     assert allclose(after.phi, phi, rtol=1e-9, atol=1e-12)
     assert after.steps == 80 + branches.real.sum()
 
