@@ -1915,11 +1915,12 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
     """Train a policy: returns the TrainState.
 
     env: an id, a callable that makes a gym.Env, or one gym.Env or VectorEnv, which then sets the number of
-    environments.  state: one to go on from, in new episodes, with its own random numbers and, unless given, config.
-    callback(state, info, explained variance) is called after each update; returning True stops.  Stops before
-    total_steps at the reward threshold that the environment is registered with (whatever wrappers make of rewards), if
-    stop_when_solved, and with vine sampling where another update might take more steps than are left.  An exception
-    that leaves train, an interrupt as well, carries the state after the last finished update as its attribute .state.
+    environments.  state: one to go on from, in new episodes and without earlier rollouts, with its own random numbers
+    and, unless given, config.  callback(state, info, explained variance) is called after each update; returning True
+    stops.  Stops before total_steps at the reward threshold that the environment is registered with (whatever wrappers
+    make of rewards), if stop_when_solved, and with vine sampling where another update might take more steps than are
+    left.  An exception that leaves train, an interrupt as well, carries the state after the last finished update as its
+    attribute .state.
     """
     config = (state.config if state else Config()) if config is None else config
     check_config(config)
