@@ -1199,21 +1199,14 @@ def bound(args):
 
 
 # ======================================================================================================== the value fit
-FITS = {
-    "default": {},
-    "value_rollouts 1": {"value_rollouts": 1},
-    "value_rollouts 2": {"value_rollouts": 2},
-    "value_rollouts 8": {"value_rollouts": 8},
-    "value_iters 2": {"value_iters": 2},
-    "value_iters 3": {"value_iters": 3},
-    "cg_iters 5": {"cg_iters": 5},
-    "cg_iters 20": {"cg_iters": 20},
-    "cg_iters 40": {"cg_iters": 40},
-    "value_damping 0.01": {"value_damping": 0.01},
-    "value_damping 0.1": {"value_damping": 0.1},
-    "value_kl 0.05": {"value_kl": 0.05},
-    "value_kl 1": {"value_kl": 1.0},
+TRIED = {
+    "value_rollouts": (1, 2, 8),
+    "value_iters": (2, 3),
+    "cg_iters": (5, 20, 40),
+    "value_damping": (0.01, 0.1),
+    "value_kl": (0.05, 1.0),
 }
+FITS = {"default": {}} | {f"{name} {value}": {name: value} for name, tried in TRIED.items() for value in tried}
 
 
 def followed(env, settings, steps):

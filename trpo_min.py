@@ -1777,7 +1777,7 @@ def _targets(state, rollout, branches, earlier, scale):
         flat = each.raw_obs.reshape(-1, each.raw_obs.shape[-1])
         each = each._replace(obs=normalize(state.obs_stats, flat, obs.dtype).reshape(each.obs.shape))
         rows.append(_real_rows(each, each.obs, _advantages(state, each, each.rewards * scale)[1]))
-    rows = [[x[age % len(x) :: len(rows)] for x in each] for age, each in enumerate(rows)]
+    rows = [[x[age :: len(rows)] for x in each] for age, each in enumerate(rows)]  # so the newest has a row always
     if branches is None:
         batch = Batch(obs, actions, _centre(adv), mu)
     else:
@@ -1894,7 +1894,7 @@ def _iterate(envs, state, threshold, callback):
             rng_state = rng.bit_generator.state  # of rank 0, so that any number of ranks can go on from the state
             rng_state = rng_state if _ranks is None else _ranks.bcast(rng_state)
             state, info, explained = learn(state._replace(rng_state=rng_state), rollout, branches, earlier)
-            earlier.append(rollout._replace(saved=[]))
+            earlier.append(rollout._replace(saved=[]))  # which was for branches
             if threshold is not None and len(state.returns) == 100:
                 state = state._replace(solved=bool(np.mean(state.returns) >= threshold))
             stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
