@@ -1765,9 +1765,8 @@ def _targets(state, rollout, branches, earlier, scale):
     """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
     function, and the variance of the returns that it explained so far.
 
-    A rollout is few rows, and these alike: fitted to one alone, the value function learns it by heart.  Every n-th row
-    of n rollouts is as many rows, less alike, and each row once in n updates.  Earlier rollouts are normalised and
-    valued as of now; that they are of earlier policies goes uncorrected.
+    The rows of one rollout are alike.  Every n-th row of n rollouts is as many rows, less alike, and each row once in n
+    updates.  Earlier rollouts are normalised and valued as of now; that they are of earlier policies goes uncorrected.
     """
     adv, returns = _advantages(state, rollout, rollout.rewards * scale)
     adv, obs, actions, mu, returns = _real_rows(rollout, adv, rollout.obs, rollout.actions, rollout.mu, returns)
