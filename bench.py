@@ -205,6 +205,7 @@ def fvp(args):
     print(f"  empirical form    {error:.1e} from 500 actions a state: it is an estimate, 1/sqrt(actions)")
 
     print("\nF v, and a product N x H by H x H on all threads, median of milliseconds (quartiles)")
+    print("operations are counted with four products between hidden layers; up to four outputs spare two of them")
     print("network        rows  type     ours                       GFLOP/s  of the product's  over whole-batch NumPy")
     rows = []
     for sizes in ((11, 64, 64, 3), (17, 256, 256, 6)):
@@ -455,17 +456,19 @@ def draw_update():
 
 # =========================================================================================== training against stepping
 class Recorder(gym.vector.VectorWrapper):
-    """Remembers the calls, so that they can be made again, and the seconds that they took."""
+    """Remembers the calls, so that they can be made again, and the seconds that they and the remembering took."""
 
     def __init__(self, envs):
         super().__init__(envs)
-        self.calls, self.seconds = [], 0.0
+        self.calls, self.seconds, self.remembering = [], 0.0, 0.0
 
     def call(self, name, *args, **kwargs):
+        called = time.perf_counter()
         self.calls.append((name, copy.deepcopy(args), copy.deepcopy(kwargs)))  # before: reset empties its options
         start = time.perf_counter()
         result = getattr(self.env, name)(*args, **kwargs)
         self.seconds += time.perf_counter() - start
+        self.remembering += start - called
         return result
 
     def step(self, actions):
@@ -518,13 +521,14 @@ def train(args):
                 with clocked(seconds, "collect", "trpo_update", "fit_value"):
                     start = time.perf_counter()
                     state = tm.train(envs, config, seed=seed)
-                    total = time.perf_counter() - start
+                    total = time.perf_counter() - start - envs.remembering
                 again = make(env, n)
                 start = time.perf_counter()
                 for name, arguments, keywords in envs.calls:
                     getattr(again, name)(*arguments, **keywords)
                 stepping = time.perf_counter() - start
-                parts = [envs.seconds, seconds["collect"] - envs.seconds, seconds["trpo_update"], seconds["fit_value"]]
+                rollout = seconds["collect"] - envs.seconds - envs.remembering
+                parts = [envs.seconds, rollout, seconds["trpo_update"], seconds["fit_value"]]
                 if seed:
                     ratios.append((total / stepping, state.steps / total))
                     shares.append([*parts, total - sum(parts)] / np.array(total))
