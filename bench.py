@@ -179,12 +179,12 @@ def fisher_case(sizes, n_rows, dtype):
 
 def kernel(policy, theta, obs):
     """F v alone on cached activations, as inside conjugate gradients."""
-    acts = tm._activations(theta, np.array(policy.sizes), obs)
-    fisher = tm._fisher(policy, theta, acts)
+    sizes, acts, m, nvec = tm._fisher(policy, theta, tm._activations(theta, np.array(policy.sizes), obs))
+    jac = tm._jac(theta, sizes, acts) if 2 * sizes[-1] < CONFIG.cg_iters else acts[:0]
 
     def product(v):
         with tm._one_blas_thread():
-            return tm._fvp(theta, v, *fisher, 0.0)
+            return tm._fvp(theta, v, sizes, acts, jac, m, nvec, 0.0)
 
     return product
 

@@ -347,6 +347,17 @@ def test_fvp_is_the_dense_sum_of_jacobian_metric_jacobian_times_v(case):
     assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
 
 
+@given(cases(max_rows=20, wide=6))
+def test_fvp_is_the_same_where_the_derivatives_of_the_outputs_are_kept(case):
+    v = case.rng.normal(size=case.theta.shape)
+    acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
+    sizes, acts, m, nvec = tm._fisher(case.policy, case.theta, acts)
+    jac = tm._jac(case.theta, sizes, acts)
+    assert jac.size == len(case.obs) * sizes[-1] * sum(sizes[1:-2])
+    error = np.abs(tm._fvp(case.theta, v, sizes, acts, jac, m, nvec, 0.0) - dense_fisher(*case[:3]) @ v).max()
+    assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
+
+
 @given(st.sampled_from([65, 128, 700]), seeds)
 def test_fvp_is_right_when_rows_times_outputs_exceed_the_parameters(n_rows, seed):
     rng = np.random.default_rng(seed)
@@ -582,6 +593,19 @@ def test_cg_ends_at_negative_curvature_with_a_status_and_no_nan(seed, n):
 def test_cg_ends_where_the_curvature_is_zero():
     result = tm.cg(lambda p: 0 * p, np.ones(3))
     assert (result.status, result.n_iter) == ("negative curvature", 0) and (result.x == 0).all()
+
+
+@given(seeds, st.integers(2, 30), st.floats(0, 4))
+def test_cg_on_a_singular_matrix_ends_at_rounding_whatever_the_tolerance(seed, n, log_condition):
+    rng = np.random.default_rng(seed)
+    A = spd(rng, n, log_condition)
+    A[-1] = A[:, -1] = 0
+    b = A @ rng.normal(size=n)
+    result = tm.cg(lambda p: A @ p, b, max_iter=100 * n, tol=0.0)
+    assert result.status == "converged" and result.n_iter < 100 * n
+    # |x| <= |A^+| |b| but for rounding, which running on would blow up
+    exact = np.linalg.pinv(A, rcond=1e-10) @ b
+    assert np.linalg.norm(result.x - exact) <= 100 * n * EPS * 10.0 ** (2 * log_condition) * np.linalg.norm(b)
 
 
 def test_the_solve_of_an_update_says_whether_it_converged():

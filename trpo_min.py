@@ -278,7 +278,7 @@ class Batch(NamedTuple):
 
 
 class UpdateInfo(NamedTuple):
-    """What an update did.  All figures describe the parameters that were kept."""
+    """What an update did.  L, D, their like and entropy are of the parameters that were kept."""
 
     accepted: bool
     reason: str  # "accepted", or why theta was kept
@@ -602,8 +602,8 @@ def sample(policy, mu, rng):
 # ==================================================================================== network: forward, J v, J^T u, F v
 # theta holds W (m, n) and b (n,) of each layer in turn, then log_std (A,) for a Gaussian head.  acts holds obs, the
 # tanh outputs of each hidden layer and the network's outputs, layer after layer, rows in order: N * sum(sizes) numbers.
-# jac, where it is not empty, is laid out like acts with K rows for each one, and holds G (N, K, n) of each hidden layer
-# but the last: the derivative of the K outputs by what goes into the layer's tanh.
+# jac, where it is not empty, holds G (N, K, n) of each hidden layer but the last, layer after layer: the derivative of
+# the network's K outputs by what goes into the layer's tanh.
 BLOCK = 128  # rows per block: few enough to stay in the caches, many enough for products near their full speed
 
 
@@ -623,6 +623,14 @@ def _rows(acts, sizes, layer, i, j):
     n, n_rows = sizes[layer], acts.size // sizes.sum()
     start = n_rows * sizes[:layer].sum()
     return acts[start + i * n : start + j * n].reshape(j - i, n)
+
+
+@jit
+def _jac_rows(jac, sizes, layer, i, j):
+    """G of rows i to j and a hidden layer ((j - i) K, sizes[layer]), as a view into jac."""
+    n, K = sizes[layer], sizes[-1]
+    start = jac.size // sizes[1:-2].sum() * sizes[1:layer].sum()
+    return jac[start + i * K * n : start + j * K * n].reshape((j - i) * K, n)
 
 
 @jit
@@ -686,7 +694,7 @@ def _jvp_block(theta, v, sizes, acts, jac, dacts, carried, i, j):
     """Forward mode: dacts <- d acts along v.  dh' = (h dW + dh W + db) (1 - h'^2), the last layer without the slope.
 
     carried is room for dh W, laid out like dacts; 0 in the first layer, which is never written to: obs do not move.
-    Where jac has its G, a layer moves the outputs by G (h dW + db), and there is no dh to carry on.
+    With jac only the last two layers are done so, and each before them moves the outputs by G (h dW + db).
     """
     last = sizes.size - 2
     first = last - 1 if jac.size > 0 else 0
@@ -698,12 +706,11 @@ def _jvp_block(theta, v, sizes, acts, jac, dacts, carried, i, j):
         if layer > first:
             np.dot(_rows(dacts, sizes, layer, 0, j - i), W, dhW)
         _sum_times_slope(dz, dhW, db, _rows(acts, sizes, layer + 1, i, j), layer < last)
-    K = sizes[-1]
     for layer in range(first):
         dW, db = _layer(v, sizes, layer)
         dz = _rows(dacts, sizes, layer + 1, 0, j - i)
         np.dot(_rows(acts, sizes, layer, i, j), dW, dz)
-        _add_jac_times(_rows(jac, sizes, layer + 1, i * K, j * K), dz, db, _rows(dacts, sizes, last + 1, 0, j - i))
+        _add_jac_times(_jac_rows(jac, sizes, layer + 1, i, j), dz, db, _rows(dacts, sizes, last + 1, 0, j - i))
 
 
 @functools.partial(jit, fastmath={"reassoc"})  # may add up in the order that vectorizes
@@ -734,7 +741,7 @@ def _vjp_block(theta, sizes, acts, jac, dacts, i, j, out):
 
     dW = h^T u, db = sum of u, and u <- (u W^T) (1 - h^2) for the layer before, or u <- G^T u where jac has its G.
     """
-    last, K = sizes.size - 2, sizes[-1]
+    last = sizes.size - 2
     for layer in range(last, -1, -1):
         W, _ = _layer(theta, sizes, layer)
         dW, db = _layer(out, sizes, layer)
@@ -747,8 +754,8 @@ def _vjp_block(theta, sizes, acts, jac, dacts, i, j, out):
         if layer > 0:
             u_before = _rows(dacts, sizes, layer, 0, j - i)
             if jac.size > 0 and layer < last:
-                G, u_top = _rows(jac, sizes, layer, i * K, j * K), _rows(dacts, sizes, last + 1, 0, j - i)
-                _jac_transposed_times(G, u_top, u_before)
+                u_top = _rows(dacts, sizes, last + 1, 0, j - i)
+                _jac_transposed_times(_jac_rows(jac, sizes, layer, i, j), u_top, u_before)
             else:
                 np.dot(u, W.T, u_before)
                 _times_tanh_slope(u_before, h)
@@ -756,7 +763,7 @@ def _vjp_block(theta, sizes, acts, jac, dacts, i, j, out):
 
 @jit
 def _times_tanh_slope(dz, h):
-    """dz <- dz (1 - h^2), with h = tanh(z) and as many rows of dz in turn for each of h as there are."""
+    """dz <- dz (1 - h^2), with h = tanh(z); dz has one row for each of h, or as many in turn."""
     one, K = h.dtype.type(1), dz.shape[0] // h.shape[0]
     for i in range(h.shape[0]):
         for row in range(i * K, (i + 1) * K):
@@ -790,7 +797,7 @@ def _jac_blocks(theta, sizes, acts, jac, first, last):
         _times_tanh_slope(G, _rows(acts, sizes, top, i, j))
         for layer in range(top - 1, 0, -1):
             W, _ = _layer(theta, sizes, layer)
-            G_before = _rows(jac, sizes, layer, i * K, j * K)
+            G_before = _jac_rows(jac, sizes, layer, i, j)
             np.dot(G, W.T, G_before)
             _times_tanh_slope(G_before, _rows(acts, sizes, layer, i, j))
             G = G_before
@@ -833,6 +840,15 @@ def _jtu_chunks(theta, v, sizes, acts, jac, m, nvec, u, partial, first, last):
             _vjp_block(theta, sizes, acts, jac, dacts, i, j, partial[chunk])
 
 
+def _jac(theta, sizes, acts):
+    """jac for acts; empty where there are less than two hidden layers."""
+    n_rows = acts.size // sizes.sum()
+    jac = np.empty(n_rows * sizes[-1] * sizes[1:-2].sum(), acts.dtype)
+    if jac.size > 0:
+        _in_parallel(_jac_blocks, _n_blocks(n_rows), theta, sizes, acts, jac)
+    return jac
+
+
 def _jtu(theta, v, sizes, acts, jac, m, nvec, u):
     """J^T u (P,) for u (N, outputs) if v is empty; else J^T M J v, summed over rows: a JVP, M and a VJP per block.
 
@@ -859,40 +875,32 @@ def _dot(a, b):
     return total
 
 
-@jit
-def _cg_step(x, r, p, Ap, rr):
-    """One iteration on A x = b, in place: x, residual r = b - A x, direction p, given Ap = A p and rr = r . r."""
-    pAp = _dot(p, Ap)
-    if not np.isfinite(pAp):
-        return rr, NOT_FINITE
-    if pAp <= 0.0:
-        return rr, NEGATIVE_CURVATURE
-    alpha = rr / pAp
-    for k in range(x.size):
-        x[k] += alpha * p[k]
-        r[k] -= alpha * Ap[k]
-    rr_new = _dot(r, r)
-    for k in range(x.size):
-        p[k] = r[k] + rr_new / rr * p[k]
-    return rr_new, ITERATION_LIMIT
-
-
 def _cg(matvec, b, max_iter, tol):
     """x, the residual r = b - A x, iterations and status of cg."""
-    x, r, p = np.zeros_like(b), b.copy(), b.copy()
+    x, r, p = np.zeros_like(b), b.copy(), b
     rr = _dot(r, r)
-    stop, n_iter, status = tol * tol * rr, 0, ITERATION_LIMIT
-    while rr > stop and n_iter < max_iter and status == ITERATION_LIMIT:
-        rr, status = _cg_step(x, r, p, matvec(p), rr)
-        n_iter += status == ITERATION_LIMIT
-    return x, r, n_iter, CONVERGED if rr <= stop else status
+    stop = max(tol, np.finfo(b.dtype).eps) ** 2 * rr  # where F is singular, it would run away on rounding
+    for n_iter in range(max_iter):
+        if rr <= stop:
+            return x, r, n_iter, CONVERGED
+        Ap = matvec(p)
+        pAp = _dot(p, Ap)
+        if not 0 < pAp < np.inf:  # also where it is NaN
+            return x, r, n_iter, NEGATIVE_CURVATURE if pAp <= 0 else NOT_FINITE
+        alpha = rr / pAp
+        x += alpha * p
+        r -= alpha * Ap
+        rr, rr_before = _dot(r, r), rr
+        p = r + (rr / rr_before) * p
+    return x, r, max_iter, CONVERGED if rr <= stop else ITERATION_LIMIT
 
 
+@np.errstate(all="ignore")  # see status
 def cg(matvec, b, max_iter=10, tol=1e-10):
     """E5: solve A x = b by conjugate gradients from x = 0, for a symmetric positive definite matvec(p) = A p.
 
-    Stops at |b - A x| <= tol |b|, or after max_iter iterations, or, with x as it was before that iteration, at a
-    direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in no iterations.
+    Stops at |b - A x| <= max(tol, eps) |b|, or after max_iter iterations, or, with x as it was before that iteration,
+    at a direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in no iterations.
     residual_norm is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is; matvec has
     to leave p as it is.
     Source: Hestenes and Stiefel 1952.
@@ -921,11 +929,14 @@ def _fvp(theta, v, sizes, acts, jac, m, nvec, damping):
     return Fv + float(damping) * v
 
 
-def _solve(theta, b, sizes, acts, jac, m, nvec, damping, max_iter, tol):
+def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
     """cg for (F + damping I) x = b: x, the residual's norm, iterations, status, and x^T F x without the damping.
 
     x^T F x = x . (b - r) - damping x . x costs no product; where that cancels four digits or more, it takes one.
     """
+    # jac takes a product for each output once, and spares every F v two of the four between hidden layers.  With ten
+    # products an update of up to four outputs is 1.1 to 1.4 times as fast.
+    jac = _jac(theta, sizes, acts) if 2 * sizes[-1] < max_iter else acts[:0]
 
     def F(v, c=0.0):
         return _fvp(theta, v, sizes, acts, jac, m, nvec, c)
@@ -1015,19 +1026,14 @@ def fvp(policy, theta, obs, v, damping=0.0):
     theta, obs = _check_inputs(policy, theta, obs)
     v = _finite("v", v, theta.shape, theta.dtype)
     _check_number("damping", damping, float, "[0, inf)")
-    acts = _activations(theta, np.array(policy.sizes), obs)
-    return _fvp(theta, v, *_fisher(policy, theta, acts), damping)
+    sizes, acts, m, nvec = _fisher(policy, theta, _activations(theta, np.array(policy.sizes), obs))
+    return _fvp(theta, v, sizes, acts, acts[:0], m, nvec, damping)
 
 
 def _fisher(policy, theta, acts):
-    """What _fvp and _solve need to know of F: sizes, acts, jac, the diagonal of M in the network's outputs, nvec."""
-    sizes, m = np.array(policy.sizes), _metric_diagonal(policy, _outputs(policy, theta, acts))[:, : policy.sizes[-1]]
-    # jac takes one product for each output, and spares every F v two of the four between hidden layers: updates of up
-    # to four outputs are 1.1 to 1.4 times as fast, of six no faster.  The memory is touched where it is written.
-    jac = np.empty(acts.size * sizes[-1] if sizes[-1] <= 4 and len(sizes) > 3 else 0, acts.dtype)
-    if jac.size > 0:
-        _in_parallel(_jac_blocks, _n_blocks(len(m)), theta, sizes, acts, jac)
-    return sizes, acts, jac, np.ascontiguousarray(m), np.array(policy.nvec, np.int64)
+    """What _solve needs to know of F: sizes, acts, what M is made of in the network's outputs, nvec."""
+    m = _metric_diagonal(policy, _outputs(policy, theta, acts))[:, : policy.sizes[-1]]
+    return np.array(policy.sizes), acts, np.ascontiguousarray(m), np.array(policy.nvec, np.int64)
 
 
 # ========================================================================================== E1 to E7: the policy update
@@ -1094,6 +1100,7 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
         for j in range(config.max_backtracks):  # E7
             step_length = longest * config.backtrack_coef**j
             candidate = params + params.dtype.type(step_length) * step_dir
+            acts_new = mu = None  # the memory of the last candidate's
             acts_new = _activations(candidate, sizes, obs)
             mu = _outputs(net, candidate, acts_new)
             moved = divergence(mu)
@@ -1830,8 +1837,9 @@ def _targets(state, rollout, branches, earlier, scale):
     """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
     function, and the variance of the returns that it explained so far.
 
-    The rows of one rollout are alike.  Every n-th row of n rollouts is as many rows, less alike, and each row once in n
-    updates.  Earlier rollouts are normalised and valued as of now; that they are of earlier policies goes uncorrected.
+    The rows of one rollout are alike.  Every n-th row of n rollouts is as many rows, less alike, and from the n-th
+    rollout on each row once in n updates.  Earlier rollouts are normalised and valued as of now; that they are of
+    earlier policies goes uncorrected.
     """
     adv, returns = _advantages(state, rollout, rollout.rewards * scale)
     adv, obs, actions, mu, returns = _real_rows(rollout, adv, rollout.obs, rollout.actions, rollout.mu, returns)
@@ -1868,12 +1876,12 @@ def _max_kl_now(state, adv):
 
 
 def learn(state, rollout, branches=None, earlier=()):
-    """One iteration on a rollout of state's policy: advantages, trpo_update, fit_value, then the running statistics.
+    """One iteration on a rollout of state's policy: reward statistics, advantages, trpo_update, fit_value.
 
-    earlier: rollouts that the value function is fitted to as well.  With branches, the policy learns from these, and
-    the value function also, but for the first row of each branch.  Observation statistics move last: rollout and update
-    see one and the same policy.  Returns (TrainState, UpdateInfo, explained variance of the value function on the
-    rollout).
+    earlier: rollouts that the value function is fitted to as well, the oldest first.  With branches, the policy learns
+    from these, and the value function also, but for the first row of each branch.  Observation statistics move last:
+    rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo, explained variance of the value
+    function on the rollout).
     """
     config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
