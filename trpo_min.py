@@ -883,7 +883,7 @@ def _cg(matvec, b, max_iter, tol):
     """x, the residual r = b - A x, iterations and status of cg."""
     x, r, p = np.zeros_like(b), b.copy(), b
     rr = _dot(r, r)
-    stop = max(tol, np.finfo(b.dtype).eps) ** 2 * rr  # where F is singular, it would run away on rounding
+    stop = max(tol, float(np.finfo(b.dtype).eps)) ** 2 * rr  # where F is singular, it would run away on rounding
     for n_iter in range(max_iter):
         if rr <= stop:
             return x, r, n_iter, CONVERGED
