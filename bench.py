@@ -180,7 +180,7 @@ def fisher_case(sizes, n_rows, dtype):
 def kernel(policy, theta, obs):
     """F v alone on cached activations, as inside conjugate gradients."""
     sizes, acts, m, nvec = tm._fisher(policy, theta, tm._activations(theta, np.array(policy.sizes), obs))
-    jac = tm._jac(theta, sizes, acts) if 2 * sizes[-1] < CONFIG.cg_iters else acts[:0]
+    jac = tm._jac(theta, sizes, acts, CONFIG.cg_iters)
 
     def product(v):
         with tm._one_blas_thread():
