@@ -1208,7 +1208,6 @@ TRIED = {
     "value_iters": (2, 3),
     "cg_iters": (5, 20, 40),
     "value_damping": (0.01, 0.1),
-    "value_kl": (0.05, 1.0),
 }
 FITS = {"default": {}} | {f"{name} {value}": {name: value} for name, tried in TRIED.items() for value in tried}
 

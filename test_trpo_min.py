@@ -1274,17 +1274,14 @@ def test_exact_values_give_zero_advantages_also_at_a_time_limit():
 
 
 @given(cases(heads=("value",), scales=(0.1, 0.5), max_rows=100, wide=8))
-def test_fit_value_never_raises_the_error_and_moves_no_further_than_its_trust_region(case):
+def test_fit_value_never_raises_the_error(case):
     returns = case.rng.normal(size=len(case.obs)) * 10.0 ** case.rng.integers(-3, 4)
-    config = CONFIG._replace(value_iters=1)
     first = dense_forward(*case[:3])[:, 0]
     old = first + np.mean(returns - first)  # the bias takes that first
-    phi = tm.fit_value(case.policy, case.theta, case.obs, returns, config)
+    phi = tm.fit_value(case.policy, case.theta, case.obs, returns, CONFIG._replace(value_iters=1))
     new = dense_forward(case.policy, phi, case.obs)[:, 0]
     before, after = np.square(old - returns).mean(), np.square(new - returns).mean()
-    rounding = np.square(100 * EPS * (1 + np.abs([first, new, returns]).max()))
-    assert after <= before * (1 + 1e-9) + rounding
-    assert np.square(new - old).mean() / 2 <= config.value_kl * before * (1 + 1e-9) + rounding
+    assert after <= before * (1 + 1e-9) + np.square(100 * EPS * (1 + np.abs([first, new, returns]).max()))
 
 
 @given(seeds, st.integers(1, 5))
@@ -1292,7 +1289,7 @@ def test_fit_value_of_a_linear_value_function_solves_least_squares(seed, D):
     rng = np.random.default_rng(seed)
     value = tm.Policy((D, 1), "value")
     obs, returns = rng.normal(size=(40, D)), rng.normal(size=40)
-    config = CONFIG._replace(value_iters=40, value_kl=10.0, value_damping=1e-6, cg_iters=20)
+    config = CONFIG._replace(value_iters=40, value_damping=1e-6, cg_iters=20)
     phi = tm.fit_value(value, tm.init_params(value, rng), obs, returns, config)
     X = np.c_[obs, np.ones(40)]
     exact = np.linalg.lstsq(X, returns, rcond=None)[0]
@@ -1311,7 +1308,7 @@ def test_a_short_value_step_is_the_dense_damped_gauss_newton_step(case, damping)
     step = np.linalg.solve(F, b)
     predicted, actual = (dense_forward(case.policy, case.theta + step, case.obs)[:, 0] - old, J @ step)
     assume(np.linalg.norm(predicted - actual) <= 0.01 * np.linalg.norm(actual))  # short enough to be kept whole
-    config = tm.Config(value_iters=1, value_kl=1e3, value_damping=damping / variance, cg_iters=300, cg_tol=1e-9)
+    config = tm.Config(value_iters=1, value_damping=damping / variance, cg_iters=300, cg_tol=1e-9)
     phi = tm.fit_value(case.policy, case.theta, case.obs, old + error, config)
     # the residual that cg may leave, and rounding of F x, of the error as a difference of values, and of phi
     residual = 1e-9 * np.linalg.norm(b) + 1e3 * EPS * np.linalg.norm(F, 2) * np.linalg.norm(step)
@@ -1334,8 +1331,7 @@ def test_a_value_step_of_one_conjugate_gradient_iteration_goes_along_the_gradien
 @given(cases(heads=("value",), scales=(0.1, 0.5), max_rows=50, wide=8), st.floats(-1e3, 1e3))
 def test_returns_that_are_all_higher_move_the_bias_of_the_value_function_and_nothing_else(case, height):
     returns = dense_forward(*case[:3])[:, 0] + case.rng.normal(size=len(case.obs))
-    # far inside the trust region: rounding decides which side of its edge a step is
-    config = tm.Config(value_iters=1, value_kl=1e3)
+    config = tm.Config(value_iters=1)
     low, high = (tm.fit_value(*case[:3], returns + more, config) for more in (0.0, height))
     assume(np.var(returns) > 1e-3)
     # the errors differ by eps x 1e3, and the step of each is at most J over the damping as long
@@ -1350,19 +1346,6 @@ def test_a_value_fit_on_huge_observations_ends_and_its_error_does_not_rise(size)
     phi, obs, returns = tm.init_params(value, rng), size * rng.normal(size=(20, 3)), rng.normal(size=20)
     old, new = (tm.forward(value, p, obs)[:, 0] for p in (phi, tm.fit_value(value, phi, obs, returns)))
     assert np.square(new - returns).sum() <= np.square(old - returns).sum()
-
-
-@given(seeds)
-def test_a_value_step_that_has_to_stop_at_its_trust_region_goes_that_far(seed):
-    """V linear in phi moves by exactly the quadratic model; rounding may cost one backtrack."""
-    rng, value = np.random.default_rng(seed), tm.Policy((3, 1), "value")
-    obs = rng.normal(size=(40, 3))
-    returns, config = obs @ np.ones(3) + 0.1 * rng.normal(size=40), CONFIG._replace(value_iters=1, value_kl=0.01)
-    phi = tm.init_params(value, rng)
-    old, new = (dense_forward(value, p, obs)[:, 0] for p in (phi, tm.fit_value(value, phi, obs, returns, config)))
-    old += np.mean(returns - old)  # the bias takes that first
-    moved = np.square(new - old).mean() / 2 / np.square(returns - old).mean()
-    assert 0.8**2 * 0.01 * (1 - 1e-9) <= moved <= 0.01 * (1 + 1e-9)
 
 
 @given(cases(heads=("value",), max_rows=30, wide=6, scales=(0.3,)))
@@ -3000,7 +2983,7 @@ def test_evaluation_changes_no_byte_of_the_state_and_repeats(trained):
         ("hidden", 64), ("hidden", (0,)), ("hidden", (1.5,)), ("hidden", [8]), ("total_steps", 0), ("total_steps", 1.0),
         ("num_envs", True), ("num_envs", -1), ("rollout_steps", "8"), ("gamma", 1.1), ("gamma", None),
         ("lam", -0.1), ("max_kl", 0.0), ("max_kl", np.inf), ("damping", -1e-9), ("cg_iters", 0), ("cg_tol", 1.0),
-        ("backtrack_coef", 1.0), ("backtrack_coef", 0.0), ("max_backtracks", 0), ("value_iters", -1), ("value_kl", 0),
+        ("backtrack_coef", 1.0), ("backtrack_coef", 0.0), ("max_backtracks", 0), ("value_iters", -1),
         ("normalize_obs", 1), ("normalize_reward", "yes"), ("stop_when_solved", None), ("dtype", "float16"),
         ("dtype", 64), ("gamma", np.nan),
     ],
@@ -3829,10 +3812,9 @@ def test_fvp_of_several_ranks_is_that_of_all_rows(case, data):
 
 @given(cases(heads=("value",), scales=(0.3, 1.0)), st.data())
 def test_a_value_fit_of_several_ranks_is_that_of_all_rows(case, data):
-    """Far inside the trust region: a step up to its edge is, of a linear value function, inside or not by rounding.
-    Solved to the end: an unfinished solve may stop an iteration earlier or later by rounding."""
+    """Solved to the end: an unfinished solve may stop an iteration earlier or later by rounding."""
     returns, cuts = case.rng.normal(size=len(case.obs)), data.draw(shares(len(case.obs)))
-    config = tm.Config(value_kl=1e3, value_damping=0.1, cg_iters=300, cg_tol=1e-8)
+    config = tm.Config(value_damping=0.1, cg_iters=300, cg_tol=1e-8)
     fit = functools.partial(tm.fit_value, case.policy, case.theta, config=config)
     whole = fit(case.obs, returns)
     results = Ranks(len(cuts)).run(lambda rank: fit(case.obs[cuts[rank]], returns[cuts[rank]]))

@@ -245,7 +245,6 @@ class Config(NamedTuple):
     value_iters: Annotated[
         int, "[0, inf)", "Gauss-Newton steps of the value function per update; 0: only its mean error"
     ] = 1
-    value_kl: Annotated[float, "(0, inf)", "trust region of one value step, mean (dV)^2 / 2 MSE"] = 0.2
     value_damping: Annotated[float, "[0, inf)", "damping of a value step, times the variance of the returns"] = 0.03
 
 
@@ -1086,9 +1085,9 @@ def surrogate_grad(policy, theta, batch):
 def _trust_region_step(net, params, acts, grad, objective, divergence, radius, longest, config):
     """Uphill along (F + c I)^-1 grad as far as the quadratic model allows, then backtracking: E4 to E7.
 
-    objective(mu) is a number, divergence(mu) (N,) of each row.  The step kept has a mean divergence <= radius and a
-    larger objective; if none has, params come back as they are.  Returns (params, acts at them, their divergence, the
-    fields of UpdateInfo about the step).
+    No candidate is further than longest times that direction.  objective(mu) is a number, divergence(mu) (N,) of each
+    row.  The step kept has a mean divergence <= radius and a larger objective; if none has, params come back as they
+    are.  Returns (params, acts at them, their divergence, the fields of UpdateInfo about the step).
     """
     sizes, n_rows = np.array(net.sizes), acts.size // sum(net.sizes)
     obs, old = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), objective(_outputs(net, params, acts))
@@ -1223,9 +1222,9 @@ def fit_value(value, phi, obs, returns, config=Config()):
     Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
     value_damping times the variance of the returns, as the hidden layers' part of F goes with the square of the last
     layer's weights, and these with the returns.  They start small: returns should be of the order of 1, as
-    normalize_reward makes them; those 30 times as large take several times as many fits.  The step is cut where the
-    mean (dV)^2 / 2 would exceed value_kl times the mean squared error, and kept only if that error falls.  No learning
-    rate, no minibatches, no random numbers.
+    normalize_reward makes them; those 30 times as large take several times as many fits.  There is no trust region:
+    the whole step is tried first, then shorter ones until the mean squared error falls.  No learning rate, no
+    minibatches, no random numbers.
     """
     check_config(config)
     phi, obs = _check_inputs(value, phi, obs)
@@ -1245,11 +1244,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
         values = _outputs(value, phi, acts)
         grad = _mean_over_ranks(_vjp(value, phi, acts, (returns - values) / len(obs)), len(obs))
 
-        def divergence(new, old=values):
-            return np.square(new - old)[:, 0] / 2
-
-        radius = config.value_kl * -objective(values)
-        phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, divergence, radius, 1.0, solve)
+        phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, np.zeros_like, np.inf, 1.0, solve)
         if not step["accepted"]:  # nor would the next be
             break
     phi = phi.copy()
