@@ -1284,16 +1284,19 @@ def test_fit_value_never_raises_the_error(case):
     assert after <= before * (1 + 1e-9) + np.square(100 * EPS * (1 + np.abs([first, new, returns]).max()))
 
 
-@given(seeds, st.integers(1, 5))
-def test_fit_value_of_a_linear_value_function_solves_least_squares(seed, D):
+@given(seeds, st.integers(1, 5), st.floats(1e-3, 1e3))
+def test_fit_value_of_a_linear_value_function_solves_least_squares(seed, D, size):
+    """In one step, however far: nothing cuts it."""
     rng = np.random.default_rng(seed)
     value = tm.Policy((D, 1), "value")
-    obs, returns = rng.normal(size=(40, D)), rng.normal(size=40)
-    config = CONFIG._replace(value_iters=40, value_damping=1e-6, cg_iters=20)
-    phi = tm.fit_value(value, tm.init_params(value, rng), obs, returns, config)
-    X = np.c_[obs, np.ones(40)]
-    exact = np.linalg.lstsq(X, returns, rcond=None)[0]
-    assert allclose(phi, exact, atol=1e-4)
+    obs, returns = rng.normal(size=(40, D)), size * rng.normal(size=40)
+    config = tm.Config(value_iters=1, value_damping=0.0, cg_iters=20, cg_tol=1e-9)
+    first, X = tm.init_params(value, rng), np.c_[obs, np.ones(40)]
+    phi = tm.fit_value(value, first, obs, returns, config)
+    # |x - exact| <= |A^-1| |residual| of A x = b, A = X^T X / 40 and b = X^T error / 40; |A^-1| = 40 / smallest^2
+    singular, error = np.linalg.svd(X, compute_uv=False), np.linalg.norm(returns - X @ first)
+    off = (1e-9 + 1e3 * EPS) * singular[0] * error / singular[-1] ** 2
+    assert np.linalg.norm(phi - np.linalg.lstsq(X, returns, rcond=None)[0]) <= off
 
 
 @given(cases(heads=("value",), scales=(0.3,), wide=6), st.floats(0.01, 1.0))
