@@ -25,6 +25,7 @@ import termios
 import threading
 import time
 import tracemalloc
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
@@ -617,8 +618,9 @@ def test_the_solve_of_an_update_says_whether_it_converged():
         assert tm._solve(case.theta, np.ones_like(case.theta), *fisher, 0.1, max_iter, 1e-8)[3] == expected
 
 
-def test_cg_ends_at_a_product_that_is_not_finite():
-    result = tm.cg(lambda p: p * np.nan, np.ones(3))
+@pytest.mark.parametrize("factor", [np.nan, 1e-310])
+def test_cg_ends_at_a_product_or_a_step_that_is_not_finite(factor):
+    result = tm.cg(lambda p: p * factor, np.ones(3))
     assert result.status == "not finite"
     assert (result.x == 0).all()
 
@@ -1341,6 +1343,22 @@ def test_returns_that_are_all_higher_move_the_bias_of_the_value_function_and_not
     damping = config.value_damping * np.var(returns)
     size = 100 * EPS * (1e3 + np.abs(returns).max()) * (1 + np.abs(dense_jacobian(*case[:3])).max() / damping)
     assert np.abs(high[:-1] - low[:-1]).max() <= size and isclose(high[-1] - low[-1], height, rtol=1e-9, atol=size)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e150), ("float32", 1e30)])
+def test_the_value_fit_is_the_same_for_large_returns_of_a_linear_value_function(dtype, size):
+    value, rng = tm.Policy((3, 1), "value"), np.random.default_rng(0)
+    obs, returns = rng.normal(size=(2, 40, 3)).astype(dtype)[0], rng.normal(size=40).astype(dtype)
+    config, sizes = tm.Config(value_damping=0.0), (1, np.dtype(dtype).type(size))
+    small, large = (tm.fit_value(value, np.zeros(4, dtype), obs, k * returns, config) for k in sizes)
+    assert allclose(large / size, small, rtol=1e3 * np.finfo(dtype).eps)
+
+
+def test_returns_whose_squares_overflow_are_refused():
+    value, returns = tm.Policy((3, 4, 1), "value"), np.array([1e307, -1e307] * 10)
+    phi, obs = tm.init_params(value, np.random.default_rng(0)), np.ones((20, 3))
+    with pytest.raises(ValueError, match="squares of returns overflow, of up to 1e"):
+        tm.fit_value(value, phi, obs, returns)
 
 
 @pytest.mark.parametrize("size", [1e100, 1e200, 1e300])
@@ -2902,6 +2920,14 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_one_sentence(trained, tmp_
             tm.load(path)
 
 
+def test_a_checkpoint_with_a_setting_that_is_gone_loads_and_says_so(trained, tmp_path):
+    settings = trained.config._asdict() | {"value_kl": 0.2}
+    earlier = types.SimpleNamespace(_asdict=lambda: settings)
+    tm.save(trained._replace(config=earlier), tmp_path / "checkpoint.npz")
+    with pytest.warns(UserWarning, match="of an earlier version, whose value_kl is gone"):
+        assert same(tm.load(tmp_path), trained)
+
+
 def test_act_takes_the_most_likely_action_of_the_normalised_observation(trained):
     obs = np.random.default_rng(0).normal(size=(50, 4)) * 0.1
     mu = dense_forward(trained.policy, trained.theta, tm.normalize(trained.obs_stats, obs))
@@ -3086,6 +3112,8 @@ def test_bad_parameters_are_refused():
     [
         (tm.Policy((3, 2), "gausian"), "head must be"),
         (tm.Policy((3,), "gaussian"), "sizes must be"),
+        (tm.Policy([3, 2], "gaussian"), "sizes and nvec must be tuples"),
+        (tm.Policy((3, 4), "categorical", 4), "sizes and nvec must be tuples"),
         (tm.Policy((3, 0, 2), "gaussian"), "sizes and nvec must be"),
         (tm.Policy((3, 4.0, 2), "gaussian"), "sizes and nvec must be"),
         (tm.Policy((3, 4), "categorical", (5,)), "nvec must"),
@@ -3141,11 +3169,12 @@ def test_in_groups_no_scale_of_the_weights_of_a_state_changes_the_step(head):
     assert isclose(info.step_length, scaled.step_length, rtol=1e-9) and isclose(info.kl, scaled.kl, rtol=1e-6)
 
 
-def test_advantages_that_overflow_with_their_weights_are_refused():
+@pytest.mark.parametrize(("weights", "size"), [(1e200, 1e200), (1e-310, 1.0)])
+def test_advantages_that_overflow_with_their_weights_or_all_but_vanish_are_refused(weights, size):
     case = fixed_case()
     batch = make_batch(case)
-    with pytest.raises(ValueError, match="weights times adv must be finite"):
-        tm.trpo_update(case.policy, case.theta, batch._replace(weights=1e200, adv=batch.adv * 1e200))
+    with pytest.raises(ValueError, match="weights times adv must be a normal number"):
+        tm.trpo_update(case.policy, case.theta, batch._replace(weights=weights, adv=batch.adv * size))
 
 
 def test_the_update_is_for_policies_and_the_fit_for_value_functions():
@@ -3174,8 +3203,36 @@ def test_numbers_out_of_range_are_refused():
 def test_cg_and_fisher_metric_refuse_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="matvec"):
         tm.cg(lambda p: p[:1], np.ones(4))
+    policy = tm.Policy((1, 2), "categorical", (2,))
     with pytest.raises(ValueError, match="dmu must have shape"):
-        tm.fisher_metric(tm.Policy((1, 2), "categorical", (2,)), np.zeros((1, 2)), np.zeros((2, 2)))
+        tm.fisher_metric(policy, np.zeros((1, 2)), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"mu must have shape \(any, 2\)"):
+        tm.fisher_metric(policy, np.zeros((2, 1)), np.zeros((2, 1)))
+
+
+def test_a_rollout_of_what_does_not_fit_together_is_refused():
+    """The compiled step reads and writes by these lengths."""
+    envs = counters(2, AutoresetMode.NEXT_STEP)
+    state, runner = start(envs)
+    mean, more = state.obs_stats.mean, np.r_[state.theta, 0.0]
+    for theta, stats, n_steps, n_saved, message in (
+        (more, state.obs_stats, 2, 0, "theta must have shape"),
+        (state.theta * np.nan, state.obs_stats, 2, 0, "theta must be finite"),
+        (state.theta, tm.RunningStats(1.0, mean[:-1], mean[:-1]), 2, 0, "statistics must be of"),
+        (state.theta, tm.RunningStats(1.0, mean, mean[:-1]), 2, 0, "statistics must be of"),
+        (state.theta, state.obs_stats, 0, 0, "n_steps must be"),
+        (state.theta, state.obs_stats, 2, 3, "n_saved must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tm.collect(envs, state.policy, theta, stats, runner, np.random.default_rng(0), n_steps, 0.9, n_saved)
+    with pytest.raises(ValueError, match="statistics must be of"):
+        tm.normalize(tm.RunningStats(1.0, mean, mean[:-1]), mean[None])
+
+
+def test_a_batch_that_is_no_batch_is_refused():
+    case = fixed_case()
+    with pytest.raises(ValueError, match="batch must be a Batch"):
+        tm.trpo_update(case.policy, case.theta, tuple(make_batch(case)))
 
 
 class Faulty(Counter):
@@ -4351,7 +4408,7 @@ def test_fuzz_no_batch_breaks_an_update(case, size, weight, log_kl, single, seed
     try:
         new, info = tm.trpo_update(policy, theta, batch, config)
     except ValueError as error:
-        assert "weights times adv must be finite" in str(error)
+        assert "weights times adv must be a normal number" in str(error)
         event("refused: weights times adv overflow")
         return
     event(info.reason.split(":")[0])

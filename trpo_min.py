@@ -46,6 +46,7 @@ import threading
 import time
 import traceback
 import typing
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -256,7 +257,8 @@ class Policy(NamedTuple):
 
     sizes: widths (D, hidden ..., outputs).  head: "gaussian" (mean from the network, log_std a free vector),
     "categorical" (a product of categoricals with nvec[i] choices each) or "value" (one number, unit metric).
-    The rest says how an environment wants its actions: shape (None: (A,)), type, first choices, bounds.
+    The rest, which make_policy fills in, says how an environment wants its actions: shape (None: (A,)), type, first
+    choices, bounds.
     """
 
     sizes: tuple[int, ...]
@@ -348,6 +350,8 @@ def _finite(name, array, shape, dtype=None):
 
 def _check_policy(policy):
     sizes = policy.sizes
+    if not (isinstance(sizes, tuple) and isinstance(policy.nvec, tuple)):
+        raise ValueError(f"sizes and nvec must be tuples, got {policy}")
     if policy.head not in ("gaussian", "categorical", "value"):
         raise ValueError(f"head must be gaussian, categorical or value, got {policy.head!r}")
     if not all(isinstance(n, (int, np.integer)) and n > 0 for n in (*sizes, *policy.nvec)):
@@ -358,9 +362,13 @@ def _check_policy(policy):
         raise ValueError(f"nvec must add up to the outputs of a categorical head, got {policy}")
 
 
-def _check_inputs(policy, theta, obs):
+def _check_theta(policy, theta, name="theta"):
     _check_policy(policy)
-    theta = _finite("theta", theta, (n_params(policy),))
+    return _finite(name, theta, (n_params(policy),))
+
+
+def _check_inputs(policy, theta, obs, name="theta"):
+    theta = _check_theta(policy, theta, name)
     return theta, _finite("obs", obs, (None, policy.sizes[0]), theta.dtype)
 
 
@@ -371,6 +379,8 @@ def _group_mean(rows, group):
 
 def _check_batch(policy, theta, batch):
     """theta and batch as contiguous arrays of theta's dtype, or a ValueError that names the field."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch must be a Batch, got {type(batch).__name__}")
     theta, obs = _check_inputs(policy, theta, batch.obs)
     if policy.head == "value":
         raise ValueError("policy must have a gaussian or categorical head, got a value function")
@@ -552,6 +562,7 @@ def fisher_metric(policy, mu, dmu):
 
     Gaussian: dmean / sigma^2 and 2 dlog_std; categorical: p dmu - p (p . dmu); value: dmu.  Never negative.
     """
+    mu = _finite("mu", mu, (None, n_outputs(policy)))
     du = _finite("dmu", dmu, mu.shape, mu.dtype).copy()
     _metric_block(_metric_diagonal(policy, mu), np.array(policy.nvec, np.int64), du, 0, len(du))
     return du
@@ -892,9 +903,9 @@ def _cg(matvec, b, max_iter, tol):
             return x, r, n_iter, CONVERGED
         Ap = matvec(p)
         pAp = _dot(p, Ap)
-        if not 0 < pAp < np.inf:  # also where it is NaN
+        alpha = rr / pAp if pAp > 0 else np.nan  # infinite where pAp is near the least number there is
+        if not (pAp < np.inf and alpha < np.inf):  # also where it is NaN
             return x, r, n_iter, NEGATIVE_CURVATURE if pAp <= 0 else NOT_FINITE
-        alpha = rr / pAp
         x += alpha * p
         r -= alpha * Ap
         rr, rr_before = _dot(r, r), rr
@@ -1131,8 +1142,8 @@ def trpo_update(policy, theta, batch, config=Config()):
     theta, batch = _check_batch(policy, theta, batch)
     _check_ranks_agree("theta or config", lambda: {"theta": theta, "config": np.array(str(config))})
     scale = _largest_over_ranks(float(np.abs(batch.weights * batch.adv).max())) or 1.0
-    if scale == np.inf:
-        raise ValueError(f"weights times adv must be finite in {theta.dtype}, got infinity")
+    if not np.finfo(theta.dtype).tiny <= scale < np.inf:
+        raise ValueError(f"the largest weights times adv must be a normal number of {theta.dtype}, got {scale}")
     adv_largest = _largest_over_ranks(float(np.abs(batch.adv).max()))
     # scaled to at most 1: the step stays the same, and no square overflows; what has no weight counts as 0
     batch = batch._replace(adv=np.where(batch.weights != 0, batch.adv, 0) / scale)
@@ -1208,8 +1219,8 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
 
 
 def _variance(x):
-    mean = _mean_over_ranks(x.mean(), len(x))
-    return _mean_over_ranks(np.square(x - mean).mean(), len(x))
+    mean = _mean_over_ranks(x.mean(dtype=np.float64), len(x))
+    return float(_mean_over_ranks(np.square(x - mean, dtype=np.float64).mean(), len(x)))
 
 
 @_one_blas_thread()
@@ -1218,33 +1229,39 @@ def fit_value(value, phi, obs, returns, config=Config()):
     """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
 
     The output's bias takes the mean error first: with gamma near 1 the level of the returns rises for long, and a step
-    that had to follow it would fit nothing else.  What is left is for the same step as the policy's: V is the mean of a
-    Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
+    that had to follow it would fit nothing else.  What is left is for the direction of the policy's step: V is the mean
+    of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
     value_damping times the variance of the returns, as the hidden layers' part of F goes with the square of the last
     layer's weights, and these with the returns.  They start small: returns should be of the order of 1, as
     normalize_reward makes them; those 30 times as large take several times as many fits.  There is no trust region:
-    the whole step is tried first, then shorter ones until the mean squared error falls.  No learning rate, no
-    minibatches, no random numbers.
+    the whole step is tried first, then max_backtracks - 1 shorter ones, and the first that lowers the mean squared
+    error is kept.  If none does, the fit is over.  No learning rate, no minibatches, no random numbers.  Raises
+    ValueError for wrong shapes, NaN or infinity, and returns whose squares overflow.
     """
     check_config(config)
-    phi, obs = _check_inputs(value, phi, obs)
+    phi, obs = _check_inputs(value, phi, obs, "phi")
     _check_ranks_agree("phi or config", lambda: {"phi": phi, "config": np.array(str(config))})
     if value.head != "value" or value.sizes[-1] != 1:
         raise ValueError(f"value must be a network with one output and the head 'value', got {value}")
     returns = _finite("returns", returns, (len(obs),), phi.dtype)[:, None]
     acts = _activations(phi, np.array(value.sizes), obs)
-    level = _mean_over_ranks(np.mean(returns - _outputs(value, phi, acts)), len(obs))
-    returns = returns - level
-    solve = config._replace(damping=config.value_damping * _variance(returns[:, 0]))
+    level = _mean_over_ranks(np.mean(returns - _outputs(value, phi, acts), dtype=np.float64), len(obs))
+    returns, variance = returns - phi.dtype.type(level), _variance(returns[:, 0])
+    if not np.isfinite(level + variance):
+        raise ValueError(f"the squares of returns overflow, of up to {np.abs(returns).max():.3g}")
+    solve = config._replace(damping=config.value_damping * variance)
 
     def objective(new):
-        return -float(_mean_over_ranks(np.mean(np.square(returns - new)), len(obs)))
+        return -float(_mean_over_ranks(np.square(returns - new, dtype=np.float64).mean(), len(obs)))
+
+    def unbounded(new):
+        return np.zeros(len(new))
 
     for _ in range(config.value_iters):
         values = _outputs(value, phi, acts)
         grad = _mean_over_ranks(_vjp(value, phi, acts, (returns - values) / len(obs)), len(obs))
 
-        phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, np.zeros_like, np.inf, 1.0, solve)
+        phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, unbounded, np.inf, 1.0, solve)
         if not step["accepted"]:  # nor would the next be
             break
     phi = phi.copy()
@@ -1277,8 +1294,10 @@ def _inverse_std(stats):
     return 1 / np.sqrt(stats.m2 / stats.count + 1e-8) if stats.count else np.ones_like(stats.mean)
 
 
-def _normalizer(stats):
-    """mean, 1 / std and the cut at 10 deviations; 0, 1 and no cut while there are no statistics."""
+def _normalizer(stats, D):
+    """mean, 1 / std and the cut at 10 deviations of D features; 0, 1 and no cut while there are no statistics."""
+    if not np.shape(stats.mean) == np.shape(stats.m2) == (D,):
+        raise ValueError(f"the statistics must be of {D} features, got {stats}")
     return stats.mean, _inverse_std(stats), 10.0 if stats.count else np.inf
 
 
@@ -1297,7 +1316,7 @@ def normalize(stats, raw, dtype=np.float64):
     """Observations (N, D) as the networks see them, at most 10 deviations from 0; raw itself while stats is empty."""
     raw = _finite("obs", raw, (None, len(stats.mean)), np.float64)
     out = np.empty(raw.shape, dtype)
-    _normalize_rows(raw, *_normalizer(stats), out)
+    _normalize_rows(raw, *_normalizer(stats, raw.shape[1]), out)
     return out
 
 
@@ -1602,7 +1621,7 @@ def _act_rows(theta, sizes, nvec, log_std, raw, mean, inverse_std, limit, noise,
 def _actor(policy, theta, obs_stats, n_rows):
     """step(raw, noise, obs, mu, actions): one vector step of the policy, out of raw (n_rows, D) and noise."""
     fixed = theta, np.array(policy.sizes), np.array(policy.nvec, np.int64), theta[_n_weights(policy) :]
-    normalizer, acts = _normalizer(obs_stats), np.empty(n_rows * sum(policy.sizes), theta.dtype)
+    normalizer, acts = _normalizer(obs_stats, policy.sizes[0]), np.empty(n_rows * sum(policy.sizes), theta.dtype)
 
     def step(raw, noise, obs, mu, actions):
         _check_observed(_act_rows(*fixed, raw, *normalizer, noise, acts, obs, mu, actions), raw)
@@ -1631,7 +1650,7 @@ def _check_rewards(rewards):
 
 @_one_blas_thread()
 def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n_saved=0):
-    """n_steps of every environment under theta, from where runner stands: returns (Rollout, Runner).
+    """n_steps of every environment under theta, from where runner stands (None: resets them): (Rollout, Runner).
 
     The rows are those of a serial loop in each environment, whatever the autoreset mode.  obs_stats stays as it is.
     The environments are saved, for branch, before n_saved of the steps, one in each of so many equal stretches.
@@ -1640,6 +1659,9 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
     from gymnasium.spaces import flatten
     from gymnasium.vector import AutoresetMode
 
+    theta, runner = _check_theta(policy, theta), runner or _first_runner(envs, int(rng.integers(2**31)))
+    _check_number("n_steps", n_steps, int, "[1, inf)")
+    _check_number("n_saved", n_saved, int, f"[0, {n_steps}]")
     mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
     E, D, K, space = envs.num_envs, policy.sizes[0], n_outputs(policy), envs.single_observation_space
     raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
@@ -1703,7 +1725,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
     """
     from gymnasium.spaces import flatten
 
-    envs, every = envs.envs, _every_action(policy, config.vine_actions)
+    envs, every, theta = envs.envs, _every_action(policy, config.vine_actions), _check_theta(policy, theta)
     S, K, L, E = len(rollout.saved), _n_actions(policy, config), config.vine_steps, len(envs)
     shape, D = (S, K, L, E), policy.sizes[0]
     noise, actions = _draw(policy, rng, shape, theta.dtype)
@@ -1867,7 +1889,8 @@ def _max_kl_now(state, adv):
     than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
     full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
     the advantages, and its KL with their square.  P is a plain mean at first, so that a short run is not held against
-    its first rollout, and then forgets old ones.
+    its first rollout, and then forgets old ones.  With normalize_reward, adv is in units of the returns' deviation so
+    far: where the returns grow, advantages as large as before count as smaller.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
@@ -1955,7 +1978,7 @@ def _iterate(envs, state, threshold, callback):
         rng.bit_generator.state = state.rng_state
         if _ranks is not None:  # a stream for each rank; state has that of rank 0
             rng = np.random.Generator(rng.bit_generator.jumped(_ranks.rank))
-        runner = _first_runner(envs, int(rng.integers(2**31)))
+        runner = None
         earlier = collections.deque(maxlen=int(config.value_rollouts) - 1)
         while not stop and not state.solved and state.steps + least <= config.total_steps:
             n_steps = max(1, min(config.rollout_steps, config.total_steps - state.steps) // n_envs)
@@ -2096,6 +2119,10 @@ def load(path):
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
             plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
+        gone = sorted(plain["config"].keys() - set(Config._fields))
+        if gone:
+            warnings.warn(f"{path} is of an earlier version, whose {', '.join(gone)} is gone", stacklevel=1)
+        plain["config"] = {name: value for name, value in plain["config"].items() if name not in gone}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
         plain |= {name: _tuple(plain[name]) for name in ("returns", "lengths")}
@@ -2308,7 +2335,7 @@ _GROUPS = {  # the first setting of each group
     "hidden": "networks",
     "total_steps": "environment",
     "gamma": "advantages",
-    "max_kl": "policy update",
+    "max_kl": "policy update (the value function has the same conjugate gradients and backtracking)",
     "value_rollouts": "value function",
 }
 
