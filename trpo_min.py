@@ -1260,7 +1260,6 @@ def fit_value(value, phi, obs, returns, config=Config()):
     for _ in range(config.value_iters):
         values = _outputs(value, phi, acts)
         grad = _mean_over_ranks(_vjp(value, phi, acts, (returns - values) / len(obs)), len(obs))
-
         phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, unbounded, np.inf, 1.0, solve)
         if not step["accepted"]:  # nor would the next be
             break
