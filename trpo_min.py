@@ -1142,11 +1142,12 @@ def trpo_update(policy, theta, batch, config=Config()):
     theta, batch = _check_batch(policy, theta, batch)
     _check_ranks_agree("theta or config", lambda: {"theta": theta, "config": np.array(str(config))})
     scale = _largest_over_ranks(float(np.abs(batch.weights * batch.adv).max())) or 1.0
-    if not np.finfo(theta.dtype).tiny <= scale < np.inf:
-        raise ValueError(f"the largest weights times adv must be a normal number of {theta.dtype}, got {scale}")
     adv_largest = _largest_over_ranks(float(np.abs(batch.adv).max()))
-    # scaled to at most 1: the step stays the same, and no square overflows; what has no weight counts as 0
-    batch = batch._replace(adv=np.where(batch.weights != 0, batch.adv, 0) / scale)
+    # weights times adv at most 1: the step stays the same, and no square overflows; what has no weight counts as 0
+    adv = np.where(batch.weights != 0, batch.adv, 0) / scale
+    if scale == np.inf or _largest_over_ranks(float(np.abs(adv).max())) == np.inf:
+        raise ValueError(f"weights times adv must be of a size that {theta.dtype} can hold, got {scale} at most")
+    batch = batch._replace(adv=adv)
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
     _check_mu_old(batch.mu_old, mu_old)
@@ -2118,10 +2119,8 @@ def load(path):
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
             plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
-        gone = sorted(plain["config"].keys() - set(Config._fields))
-        if gone:
+        if gone := {name: plain["config"].pop(name) for name in set(plain["config"]).difference(Config._fields)}:
             warnings.warn(f"{path} is of an earlier version, whose {', '.join(gone)} is gone", stacklevel=1)
-        plain["config"] = {name: value for name, value in plain["config"].items() if name not in gone}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
         plain |= {name: _tuple(plain[name]) for name in ("returns", "lengths")}
