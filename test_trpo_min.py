@@ -2010,7 +2010,7 @@ def test_the_trust_region_falls_linearly_to_nothing_over_total_steps_or_stays(kl
     config = tm.Config(
         total_steps=400, rollout_steps=100, max_kl=0.03, kl_schedule=kl_schedule, kl_memory=0.0, hidden=(4,)
     )
-    state = tm.train("CartPole-v1", config)
+    state = tm.train(gym.make("CartPole-v1"), config)
     assert allclose(seen, 0.03 * np.array(left)) and state.config == config
 
 
@@ -2661,6 +2661,39 @@ def test_environments_in_processes_of_their_own_give_the_bits_of_those_in_this_o
     assert same(here._replace(config=None), there._replace(config=None))
     with pytest.raises(ValueError, match="needs an id, or a callable"):
         tm.train(gym.make("CartPole-v1"), config._replace(vector="async"))
+
+
+def kind(env, config=tm.Config(), **options):
+    envs, _ = tm._make_envs(env, config, **options)
+    envs.close()
+    return type(envs.unwrapped).__name__
+
+
+def test_environments_step_as_one_by_default_where_theirs_can():
+    assert kind("CartPole-v1") == "CartPoleVectorEnv"
+    assert kind("Pendulum-v1") == kind(lambda: gym.make("CartPole-v1")) == kind(gym.make("CartPole-v1"))
+    assert kind("Pendulum-v1") == "SyncVectorEnv"
+    assert kind("CartPole-v1", tm.Config(vector="sync")) == "SyncVectorEnv"
+    assert kind("CartPole-v1", tm.Config(sampling="vine")) == "SyncVectorEnv"  # which saves and restores each
+    state = tm.train("CartPole-v1", tm.Config(hidden=(3,), total_steps=64, rollout_steps=32))
+    assert state.env_args == {}
+
+
+def test_environments_that_step_as_one_take_the_steps_of_those_that_step_one_by_one():
+    config, rng = tm.Config(num_envs=3), np.random.default_rng(0)
+    envs, _ = tm._make_envs("CartPole-v1", config, max_episode_steps=20, sutton_barto_reward=True)
+    policy = tm.make_policy(envs.single_observation_space, envs.single_action_space, (4,))
+    theta, stats = tm.init_params(policy, rng), tm.RunningStats(0.0, np.zeros(4), np.zeros(4))
+    rollout, _ = tm.collect(envs, policy, theta, stats, None, rng, 200)
+    alone, largest = gym.make("CartPole-v1", sutton_barto_reward=True).unwrapped, np.abs(rollout.raw_obs).max()
+    alone.reset(seed=0)
+    assert {length for _, length in rollout.episodes} > {20} and rollout.truncated.any() and rollout.terminated.any()
+    for t, e in zip(*np.nonzero(rollout.real[:-1]), strict=True):
+        alone.state, alone.steps_beyond_terminated = rollout.raw_obs[t, e], None
+        obs, reward, terminated, _, _ = alone.step(int(rollout.actions[t, e, 0]))
+        assert (reward, terminated) == (rollout.rewards[t, e], rollout.terminated[t, e])
+        # float32 rounds the state before the step, of whose coordinates none moves another by more than half, and after
+        assert np.abs(obs - rollout.raw_obs[t + 1, e]).max() <= 2 * np.finfo(np.float32).eps * largest
 
 
 def test_an_environment_whose_spec_does_not_pickle_trains_in_processes_too(monkeypatch):
@@ -3404,7 +3437,8 @@ def test_misuse_from_the_shell_is_one_sentence_and_exit_code_2(tmp_path, argv, m
 
 
 def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
-    result = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "3e3", "--hidden", "8", "8", "--out", "here")
+    options = ["--total-steps", "3e3", "--hidden", "8", "8", "--vector", "sync", "--out", "here"]
+    result = shell(tmp_path, "--env", "CartPole-v1", *options)
     assert result.returncode == 0, result.stderr
     for text in ("CartPole-v1", "Discrete(2)", "4-8-8-2", "seed 0", "saved in here"):
         assert text in result.stdout
@@ -3487,7 +3521,7 @@ def test_any_second_signal_interrupts_and_an_ignored_one_stays_ignored():
 
 @pytest.mark.parametrize("output", ["| true", "> /dev/full", ">&-"])
 def test_a_reader_who_has_gone_does_not_end_the_training(tmp_path, output):
-    command = f"{sys.executable} {HERE / 'trpo_min.py'} --env CartPole-v1 --total-steps 20_000 --out here"
+    command = f"{sys.executable} {HERE / 'trpo_min.py'} --env CartPole-v1 --vector sync --total-steps 20_000 --out here"
     subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {output}"], cwd=tmp_path, check=True)
     assert tm.load(tmp_path / "here").steps == 20_000
 
@@ -3517,7 +3551,9 @@ def test_a_run_that_breaks_saves_first(tmp_path):
 
 
 # ============================================================================================ a run's folder
-QUICK = ["--rollout-steps", "16", "--num-envs", "1", "--hidden", "4", "--no-stop-when-solved", "--quiet"]
+# one environment and no step that only resets: every update counts rollout_steps
+QUICK = ["--rollout-steps", "16", "--num-envs", "1", "--vector", "sync", "--hidden", "4", "--no-stop-when-solved"]
+QUICK += ["--quiet"]
 
 
 def main(*argv):
@@ -4015,6 +4051,7 @@ def finish(process):
 
 
 RANKS = ["--env", "CartPole-v1", "--num-envs", "2", "--rollout-steps", "96", "--hidden", "8", "--no-stop-when-solved"]
+RANKS += ["--vector", "sync"]
 
 
 @needs_mpi
@@ -4196,7 +4233,7 @@ def test_on_a_terminal_of_80_columns_there_is_a_progress_bar_in_one_line(tmp_pat
 
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "CartPole-v1", "--total-steps", "5000"]
+    command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Acrobot-v1", "--total-steps", "5000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=follower, stderr=follower)
     os.close(follower)
     output = b""

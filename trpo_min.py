@@ -214,7 +214,9 @@ class Config(NamedTuple):
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[int, "[1, inf)", "environments stepped together, in each rank"] = 4
-    vector: Annotated[str, "sync async", "environments step in this process, or each in one of its own"] = "sync"
+    vector: Annotated[
+        str, "own sync async", "environments step as one, if theirs can; one by one; or each in a process of its own"
+    ] = "own"
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments and ranks"] = 1024
     normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
     normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
@@ -1403,14 +1405,15 @@ def flatten_obs(space, obs, n):
     return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
 
 
-def _make_env(env, /, **options):
-    """An environment as it is, or made from its id or by calling env; ValueError of one sentence where that fails."""
+def _make_env(env, make=None, /, **options):
+    """An environment as it is, or made from its id, by gym.make if not make, or by calling env; ValueError of one
+    sentence where that fails."""
     import gymnasium as gym
 
     if isinstance(env, (gym.Env, gym.vector.VectorEnv)):
         return env
     try:
-        made = gym.make(env, **options) if isinstance(env, str) else env() if callable(env) else None
+        made = (make or gym.make)(env, **options) if isinstance(env, str) else env() if callable(env) else None
     except Exception as error:  # what a constructor raises at its arguments is its own choice
         raise ValueError(f"cannot make the environment {env}: {str(error).rstrip('.')}") from error
     if not isinstance(made, (gym.Env, gym.vector.VectorEnv)):
@@ -1444,11 +1447,16 @@ def _closing(envs):
 
 def _make_envs(env, config, /, **options):
     """env (see train) as a VectorEnv, and whether it was made here."""
+    import gymnasium as gym
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
     first = _make_env(env, **options)
     if isinstance(first, VectorEnv):
         return first, first is not env
+    if config.vector == "own" and config.sampling != "vine" and isinstance(env, str) and first.spec.vector_entry_point:
+        first.close()
+        make = functools.partial(gym.make_vec, num_envs=config.num_envs, vectorization_mode="vector_entry_point")
+        return _make_env(env, make, **options), True
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
     if config.vector == "async":
         if first is env:
@@ -1802,8 +1810,9 @@ def _env_args(spec):
     not_kept = {"render_mode", "num_envs", "vectorization_mode", "vector_kwargs", "wrappers"}  # of gym.make_vec
     args = {name: value for name, value in spec.kwargs.items() if name not in not_kept}
     registered = gym.registry.get(spec.id)
-    if registered is not None and spec.max_episode_steps != registered.max_episode_steps:
-        args["max_episode_steps"] = spec.max_episode_steps
+    limit = args.pop("max_episode_steps", spec.max_episode_steps)  # make_vec passes it on
+    if registered is not None and limit != registered.max_episode_steps:
+        args["max_episode_steps"] = limit
     with contextlib.suppress(TypeError, ValueError):
         return json.loads(json.dumps(args))
     return {}
