@@ -1826,6 +1826,23 @@ def test_the_discounted_return_that_scales_rewards_starts_anew_with_each_episode
             running *= not (terminated or truncated)
 
 
+class Loud(SyncVectorEnv):
+    """Pays for steps that only reset, and says that they end an episode."""
+
+    def step(self, actions):
+        resets = self._autoreset_envs.copy()
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        return obs, rewards + 7.0 * resets, terminated | resets, truncated | resets, infos
+
+
+def test_what_is_said_of_a_step_that_only_resets_counts_nowhere():
+    makes, rows = [lambda i=i: Counter(i) for i in range(3)], []
+    for envs in (counters(3, AutoresetMode.NEXT_STEP), Loud(makes, autoreset_mode=AutoresetMode.NEXT_STEP)):
+        state, runner = start(envs)
+        rows.append(tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 30))
+    assert not rows[0][0].real.all() and same(*rows)
+
+
 def test_actions_are_stored_as_sampled_and_the_environment_gets_the_clipped_copy():
     envs = counters(3, AutoresetMode.SAME_STEP)
     state, runner = start(envs, tm.Config(hidden=(), init_std=1.0))
@@ -2675,13 +2692,14 @@ def test_environments_step_as_one_by_default_where_theirs_can():
     assert kind("Pendulum-v1") == "SyncVectorEnv"
     assert kind("CartPole-v1", tm.Config(vector="sync")) == "SyncVectorEnv"
     assert kind("CartPole-v1", tm.Config(sampling="vine")) == "SyncVectorEnv"  # which saves and restores each
+    assert kind("CartPole-v1", max_episode_steps=-1) == "SyncVectorEnv"  # which gym.make knows as no limit, and not all
     state = tm.train("CartPole-v1", tm.Config(hidden=(3,), total_steps=64, rollout_steps=32))
     assert state.env_args == {}
 
 
 def test_environments_that_step_as_one_take_the_steps_of_those_that_step_one_by_one():
-    config, rng = tm.Config(num_envs=3), np.random.default_rng(0)
-    envs, _ = tm._make_envs("CartPole-v1", config, max_episode_steps=20, sutton_barto_reward=True)
+    rng = np.random.default_rng(0)
+    envs = gym.make_vec("CartPole-v1", 3, "vector_entry_point", max_episode_steps=20, sutton_barto_reward=True)
     policy = tm.make_policy(envs.single_observation_space, envs.single_action_space, (4,))
     theta, stats = tm.init_params(policy, rng), tm.RunningStats(0.0, np.zeros(4), np.zeros(4))
     rollout, _ = tm.collect(envs, policy, theta, stats, None, rng, 200)
@@ -4179,6 +4197,11 @@ def test_a_list_among_the_environment_arguments_is_a_list_again_when_resumed(tmp
     main("--resume", tmp_path / "run", "--total-steps", 32)
     del gym.registry["Listed-v0"]
     assert tm.load(tmp_path / "run").env_args == {"items": [1, 2]}
+
+
+def test_no_limit_to_the_steps_of_an_episode_is_kept_as_what_gymnasium_takes_for_none():
+    endless = tm.train(gym.make("Pendulum-v1", max_episode_steps=-1), tm.Config(total_steps=300, hidden=(4,)))
+    assert endless.episodes == 0 and gym.make(endless.env, **endless.env_args).spec.max_episode_steps is None
 
 
 def test_what_the_environment_was_made_with_is_kept_by_train_too(tmp_path, capsys):

@@ -215,7 +215,7 @@ class Config(NamedTuple):
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[int, "[1, inf)", "environments stepped together, in each rank"] = 4
     vector: Annotated[
-        str, "own sync async", "environments step as one, if theirs can; one by one; or each in a process of its own"
+        str, "own sync async", "environments step as one where Gymnasium can, else one by one; or each in a process"
     ] = "own"
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments and ranks"] = 1024
     normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
@@ -1405,17 +1405,17 @@ def flatten_obs(space, obs, n):
     return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
 
 
-def _make_env(env, make=None, /, **options):
-    """An environment as it is, or made from its id, by gym.make if not make, or by calling env; ValueError of one
-    sentence where that fails."""
+def _make_env(env, /, **options):
+    """An environment as it is, or made from its id or by calling env; ValueError of one sentence where that fails."""
     import gymnasium as gym
 
     if isinstance(env, (gym.Env, gym.vector.VectorEnv)):
         return env
     try:
-        made = (make or gym.make)(env, **options) if isinstance(env, str) else env() if callable(env) else None
+        made = gym.make(env, **options) if isinstance(env, str) else env() if callable(env) else None
     except Exception as error:  # what a constructor raises at its arguments is its own choice
-        raise ValueError(f"cannot make the environment {env}: {str(error).rstrip('.')}") from error
+        why = str(error).rstrip(".") or type(error).__name__
+        raise ValueError(f"cannot make the environment {env}: {why}") from error
     if not isinstance(made, (gym.Env, gym.vector.VectorEnv)):
         raise ValueError(f"env must be an id, a gym.Env, a VectorEnv or a callable that makes one, got {env!r}")
     return made
@@ -1453,10 +1453,10 @@ def _make_envs(env, config, /, **options):
     first = _make_env(env, **options)
     if isinstance(first, VectorEnv):
         return first, first is not env
-    if config.vector == "own" and config.sampling != "vine" and isinstance(env, str) and first.spec.vector_entry_point:
+    as_one = isinstance(env, str) and str(first.spec.vector_entry_point).startswith("gymnasium.")  # CartPole's is
+    if config.vector == "own" and as_one and not options and config.sampling != "vine":
         first.close()
-        make = functools.partial(gym.make_vec, num_envs=config.num_envs, vectorization_mode="vector_entry_point")
-        return _make_env(env, make, **options), True
+        return gym.make_vec(env, config.num_envs, vectorization_mode="vector_entry_point"), True
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
     if config.vector == "async":
         if first is env:
@@ -1685,9 +1685,10 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
             saved.append((t, [save_env(env) for env in envs.envs]))
         raw_obs[t] = current
         step(raw_obs[t], noise[t], obs[t], mu[t], actions[t])
-        current, rewards[t], terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
-        current = flatten_obs(space, current, E)
+        current, reward, terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
+        current, rewards[t] = flatten_obs(space, current, E), np.where(resetting, 0, reward)
         flags[:, t] = terminated, truncated, ~resetting
+        flags[:, t] &= ~resetting  # no episode is under way there
         terminated, truncated, _ = flags[:, t]  # as booleans, whatever the environment's are
         discounted[t] = running = gamma * running + rewards[t]
         episode_return += rewards[t]
@@ -1812,7 +1813,7 @@ def _env_args(spec):
     registered = gym.registry.get(spec.id)
     limit = args.pop("max_episode_steps", spec.max_episode_steps)  # make_vec passes it on
     if registered is not None and limit != registered.max_episode_steps:
-        args["max_episode_steps"] = limit
+        args["max_episode_steps"] = -1 if limit is None else limit  # None would be the registered one
     with contextlib.suppress(TypeError, ValueError):
         return json.loads(json.dumps(args))
     return {}
