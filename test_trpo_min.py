@@ -2722,6 +2722,14 @@ def test_an_environment_whose_spec_does_not_pickle_trains_in_processes_too(monke
     assert same(here._replace(config=None), there._replace(config=None)) and there.env == "Made-v0"
 
 
+def test_an_environment_that_fails_without_a_word_is_refused_with_the_kind_of_its_error():
+    def make():
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=r"cannot make the environment .*: AssertionError$"):
+        tm.train(make)
+
+
 def test_an_environment_may_be_an_id_or_an_env_or_a_vector_env_or_a_callable():
     config = tm.Config(hidden=(3,), total_steps=64, rollout_steps=32, num_envs=2)
     for env in (
