@@ -2686,13 +2686,13 @@ def kind(env, config=tm.Config(), **options):
     return type(envs.unwrapped).__name__
 
 
-def test_environments_step_as_one_by_default_where_theirs_can():
+def test_environments_step_as_one_by_default_where_gymnasium_can():
     assert kind("CartPole-v1") == "CartPoleVectorEnv"
     assert kind("Pendulum-v1") == kind(lambda: gym.make("CartPole-v1")) == kind(gym.make("CartPole-v1"))
     assert kind("Pendulum-v1") == "SyncVectorEnv"
     assert kind("CartPole-v1", tm.Config(vector="sync")) == "SyncVectorEnv"
     assert kind("CartPole-v1", tm.Config(sampling="vine")) == "SyncVectorEnv"  # which saves and restores each
-    assert kind("CartPole-v1", max_episode_steps=-1) == "SyncVectorEnv"  # which gym.make knows as no limit, and not all
+    assert kind("CartPole-v1", max_episode_steps=-1) == "SyncVectorEnv"  # no limit, as gym.make has it
     state = tm.train("CartPole-v1", tm.Config(hidden=(3,), total_steps=64, rollout_steps=32))
     assert state.env_args == {}
 

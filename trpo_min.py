@@ -215,7 +215,7 @@ class Config(NamedTuple):
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[int, "[1, inf)", "environments stepped together, in each rank"] = 4
     vector: Annotated[
-        str, "own sync async", "environments step as one where Gymnasium can, else one by one; or each in a process"
+        str, "own sync async", "own: step as one where Gymnasium can; else sync: one by one; async: each in a process"
     ] = "own"
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments and ranks"] = 1024
     normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
@@ -1453,7 +1453,7 @@ def _make_envs(env, config, /, **options):
     first = _make_env(env, **options)
     if isinstance(first, VectorEnv):
         return first, first is not env
-    as_one = isinstance(env, str) and str(first.spec.vector_entry_point).startswith("gymnasium.")  # CartPole's is
+    as_one = isinstance(env, str) and str(first.spec.vector_entry_point).startswith("gymnasium.")  # as CartPole's
     if config.vector == "own" and as_one and not options and config.sampling != "vine":
         first.close()
         return gym.make_vec(env, config.num_envs, vectorization_mode="vector_entry_point"), True
@@ -1686,13 +1686,14 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
         raw_obs[t] = current
         step(raw_obs[t], noise[t], obs[t], mu[t], actions[t])
         current, reward, terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
-        current, rewards[t] = flatten_obs(space, current, E), np.where(resetting, 0, reward)
-        flags[:, t] = terminated, truncated, ~resetting
-        flags[:, t] &= ~resetting  # no episode is under way there
+        real = ~resetting  # elsewhere no episode is under way, whatever the environment says
+        current, rewards[t] = flatten_obs(space, current, E), np.where(real, reward, 0)
+        flags[:, t] = terminated, truncated, real
+        flags[:, t] &= real
         terminated, truncated, _ = flags[:, t]  # as booleans, whatever the environment's are
         discounted[t] = running = gamma * running + rewards[t]
         episode_return += rewards[t]
-        episode_length += ~resetting
+        episode_length += real
         ended = terminated | truncated
         if ended.any():
             episodes += zip(episode_return[ended].tolist(), episode_length[ended].tolist(), strict=True)
@@ -2129,8 +2130,10 @@ def load(path):
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
             plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
-        if gone := {name: plain["config"].pop(name) for name in set(plain["config"]).difference(Config._fields)}:
+        if gone := sorted(set(plain["config"]).difference(Config._fields)):
             warnings.warn(f"{path} is of an earlier version, whose {', '.join(gone)} is gone", stacklevel=1)
+        for name in gone:
+            del plain["config"][name]
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
         plain |= {name: _tuple(plain[name]) for name in ("returns", "lengths")}
