@@ -179,12 +179,13 @@ def fisher_case(sizes, n_rows, dtype):
 
 def kernel(policy, theta, obs):
     """F v alone on cached activations, as inside conjugate gradients."""
-    sizes, acts, m, nvec = tm._fisher(policy, theta, tm._activations(theta, np.array(policy.sizes), obs))
-    jac = tm._jac(theta, sizes, acts, CONFIG.cg_iters)
+    acts = tm._activations(theta, np.array(policy.sizes), obs)
+    sizes, acts, m, nvec = tm._fisher(policy, acts, tm._outputs(policy, theta, acts))
+    jac, partial = tm._jac(theta, sizes, acts, CONFIG.cg_iters), tm._partial_sums(theta, sizes, acts)
 
     def product(v):
         with tm._one_blas_thread():
-            return tm._fvp(theta, v, sizes, acts, jac, m, nvec, 0.0)
+            return tm._fvp(theta, v, sizes, acts, jac, m, nvec, 0.0, partial)
 
     return product
 

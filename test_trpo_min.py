@@ -352,11 +352,12 @@ def test_fvp_is_the_dense_sum_of_jacobian_metric_jacobian_times_v(case):
 def test_fvp_is_the_same_where_the_derivatives_of_the_outputs_are_kept(case):
     v = case.rng.normal(size=case.theta.shape)
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
-    sizes, acts, m, nvec = tm._fisher(case.policy, case.theta, acts)
+    sizes, acts, m, nvec = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
     jac = tm._jac(case.theta, sizes, acts, 2 * sizes[-1] + 1)
     assert jac.size == len(case.obs) * sizes[-1] * sum(sizes[1:-2])
     assert tm._jac(case.theta, sizes, acts, 2 * sizes[-1]).size == 0
-    error = np.abs(tm._fvp(case.theta, v, sizes, acts, jac, m, nvec, 0.0) - dense_fisher(*case[:3]) @ v).max()
+    Fv = tm._fvp(case.theta, v, sizes, acts, jac, m, nvec, 0.0, tm._partial_sums(case.theta, sizes, acts))
+    error = np.abs(Fv - dense_fisher(*case[:3]) @ v).max()
     assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
 
 
@@ -614,7 +615,7 @@ def test_the_solve_of_an_update_says_whether_it_converged():
     case = fixed_case("gaussian")
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
     for max_iter, expected in ((2, tm.ITERATION_LIMIT), (500, tm.CONVERGED)):
-        fisher = tm._fisher(case.policy, case.theta, acts)
+        fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
         assert tm._solve(case.theta, np.ones_like(case.theta), *fisher, 0.1, max_iter, 1e-8)[3] == expected
 
 
@@ -630,9 +631,8 @@ def test_the_solve_of_an_update_is_cg_over_fvp_and_its_curvature_leaves_the_damp
     case = mild(case)
     b = case.rng.normal(size=case.theta.shape)
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
-    x, _, _, _, curvature = tm._solve(
-        case.theta, b, *tm._fisher(case.policy, case.theta, acts), damping, max_iter, 1e-10
-    )
+    fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
+    x, _, _, _, curvature = tm._solve(case.theta, b, *fisher, damping, max_iter, 1e-10)
     result = tm.cg(lambda p: tm.fvp(*case[:3], p, damping), b, max_iter, 1e-10)
     # they scale b differently, and CG can amplify the rounding up to the condition number: compare what they minimise
     energy = [y @ tm.fvp(*case[:3], y, damping) / 2 - b @ y for y in (x, result.x)]
@@ -1085,7 +1085,7 @@ def test_the_curvature_keeps_its_precision_where_the_damping_dwarfs_it():
     _, info = tm.trpo_update(policy, theta, batch, tm.Config(damping=1.0, max_backtracks=1))
     acts = tm._activations(theta, np.array(policy.sizes), obs)
     grad = tm.surrogate_grad(policy, theta, batch._replace(adv=batch.adv / np.abs(batch.adv).max()))
-    x = tm._solve(theta, grad, *tm._fisher(policy, theta, acts), 1.0, 10, 1e-10)[0]
+    x = tm._solve(theta, grad, *tm._fisher(policy, acts, tm._outputs(policy, theta, acts)), 1.0, 10, 1e-10)[0]
     p = scipy.special.expit(mu[:, 0] - mu[:, 1])
     along = obs @ (x[[0, 2]] - x[[1, 3]]) + x[4] - x[5]
     assert isclose(info.curvature, np.mean(p * (1 - p) * along**2), rtol=1e-9)

@@ -461,15 +461,19 @@ def _check_number(name, number, kind, interval):
 LOG_2PI = float(np.log(2 * np.pi))
 
 
-def _groups(policy):
-    """The columns of mu that belong to each categorical."""
-    ends = np.cumsum(policy.nvec)
-    return [slice(end - n, end) for n, end in zip(policy.nvec, ends, strict=True)]
+def _columns(x):
+    """x (N, K) as (K, N): NumPy's loops over N are 3 to 40 times as fast as those over a few columns, row by row."""
+    return np.ascontiguousarray(x.T)
+
+
+def _logits(policy, mu):
+    """Logits (n, N) of each categorical."""
+    return np.split(_columns(mu), np.cumsum(policy.nvec)[:-1])
 
 
 def _log_softmax(logits):
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted = logits - logits.max(axis=0)
+    return shifted - np.log(np.exp(shifted).sum(axis=0))
 
 
 def log_prob(policy, mu, actions):
@@ -478,19 +482,19 @@ def log_prob(policy, mu, actions):
     Gaussian: -sum_i z_i^2 / 2 + log_std_i + log(2 pi) / 2, z = (a - mean) / sigma; categorical: sum of log p[a_i].
     """
     if policy.head == "gaussian":
-        mean, log_std = np.split(mu, 2, axis=1)
-        z = (actions - mean) * np.exp(-log_std)
-        return -(0.5 * z * z + log_std + 0.5 * LOG_2PI).sum(axis=1)
-    rows = np.arange(len(mu))
-    return sum(_log_softmax(mu[:, g])[rows, actions[:, i]] for i, g in enumerate(_groups(policy)))
+        mean, log_std = np.split(_columns(mu), 2)
+        z = (_columns(actions) - mean) * np.exp(-log_std)
+        return -(0.5 * z * z + log_std + 0.5 * LOG_2PI).sum(axis=0)
+    rows, choices = np.arange(len(mu)), zip(_logits(policy, mu), _columns(actions), strict=True)
+    return sum(_log_softmax(logits)[chosen, rows] for logits, chosen in choices)
 
 
 def entropy(policy, mu):
     """-E log pi(a|s) (N,) in nats.  Gaussian: sum of log_std + log(2 pi e) / 2; categorical: -sum p log p."""
     if policy.head == "gaussian":
-        return (np.split(mu, 2, axis=1)[1] + 0.5 * (1 + LOG_2PI)).sum(axis=1)
-    log_p = [_log_softmax(mu[:, g]) for g in _groups(policy)]
-    return -sum((np.exp(lp) * lp).sum(axis=1) for lp in log_p)
+        return (np.split(_columns(mu), 2)[1] + 0.5 * (1 + LOG_2PI)).sum(axis=0)
+    log_p = [_log_softmax(logits) for logits in _logits(policy, mu)]
+    return -sum((np.exp(lp) * lp).sum(axis=0) for lp in log_p)
 
 
 def kl(policy, mu_old, mu_new):
@@ -500,38 +504,37 @@ def kl(policy, mu_old, mu_new):
     sum of p_old f(log p_new/p_old); Gaussian sum of ((shift / sigma_new)^2 + f(2 log sigma_old/sigma_new)) / 2.
     """
     if policy.head == "gaussian":
-        (mean_old, log_std_old), (mean_new, log_std_new) = np.split(mu_old, 2, axis=1), np.split(mu_new, 2, axis=1)
+        (mean_old, log_std_old), (mean_new, log_std_new) = (np.split(_columns(mu), 2) for mu in (mu_old, mu_new))
         t = 2 * (log_std_old - log_std_new)
         shift = (mean_old - mean_new) * np.exp(-log_std_new)
-        return 0.5 * (shift * shift + (np.expm1(t) - t)).sum(axis=1)
+        return 0.5 * (shift * shift + (np.expm1(t) - t)).sum(axis=0)
     total = 0.0
-    for g in _groups(policy):
-        log_p, log_q = _log_softmax(mu_old[:, g]), _log_softmax(mu_new[:, g])
+    for logits_old, logits_new in zip(_logits(policy, mu_old), _logits(policy, mu_new), strict=True):
+        log_p, log_q = _log_softmax(logits_old), _log_softmax(logits_new)
         p, t = np.exp(log_p), log_q - log_p
         small = np.minimum(t, 1)  # beyond, p exp(t) = q, which cannot overflow
-        total = total + np.where(t < 1, p * (np.expm1(small) - small), np.exp(log_q) - p * (1 + t)).sum(axis=1)
+        total = total + np.where(t < 1, p * (np.expm1(small) - small), np.exp(log_q) - p * (1 + t)).sum(axis=0)
     return total
 
 
 def score(policy, mu, actions):
     """d log pi(a|s) / d mu (N, K).  Gaussian: z / sigma and z^2 - 1; categorical: one-hot(a) - p."""
     if policy.head == "gaussian":
-        mean, log_std = np.split(mu, 2, axis=1)
-        z = (actions - mean) * np.exp(-log_std)
-        return np.concatenate([z * np.exp(-log_std), z * z - 1], axis=1)
-    hot = np.zeros_like(mu)
-    for i, group in enumerate(_groups(policy)):
-        hot[np.arange(len(mu)), group.start + actions[:, i]] = 1
+        mean, log_std = np.split(_columns(mu), 2)
+        z = (_columns(actions) - mean) * np.exp(-log_std)
+        return _columns(np.concatenate([z * np.exp(-log_std), z * z - 1]))
+    hot, starts = np.zeros_like(mu), np.cumsum(policy.nvec) - policy.nvec
+    hot[np.arange(len(mu))[:, None], starts + actions] = 1
     return hot - _metric_diagonal(policy, mu)
 
 
 def _metric_diagonal(policy, mu):
     """What M is made of (N, K).  Gaussian: M = diag(1/sigma^2, 2); categorical: p, M = diag(p) - p p^T; value: 1."""
     if policy.head == "gaussian":
-        log_std = np.split(mu, 2, axis=1)[1]
-        return np.concatenate([np.exp(-2 * log_std), np.full_like(log_std, 2)], axis=1)
+        log_std = np.split(_columns(mu), 2)[1]
+        return _columns(np.concatenate([np.exp(-2 * log_std), np.full_like(log_std, 2)]))
     if policy.head == "categorical":
-        return np.concatenate([np.exp(_log_softmax(mu[:, g])) for g in _groups(policy)], axis=1)
+        return _columns(np.concatenate([np.exp(_log_softmax(logits)) for logits in _logits(policy, mu)]))
     return np.ones_like(mu)
 
 
@@ -845,6 +848,8 @@ def _jtu_chunks(theta, v, sizes, acts, jac, m, nvec, u, partial, first, last):
     n_blocks = (n_rows + BLOCK - 1) // BLOCK
     dacts, carried = np.empty(BLOCK * sizes.sum(), theta.dtype), np.zeros(BLOCK * sizes.sum(), theta.dtype)
     for chunk in range(first, last):
+        for k in range(theta.size):
+            partial[chunk, k] = 0
         for block in range(chunk * n_blocks // n_chunks, (chunk + 1) * n_blocks // n_chunks):
             i, j = block * BLOCK, min((block + 1) * BLOCK, n_rows)
             du = _rows(dacts, sizes, sizes.size - 1, 0, j - i)
@@ -869,15 +874,17 @@ def _jac(theta, sizes, acts, n_fvp):
     return jac
 
 
-def _jtu(theta, v, sizes, acts, jac, m, nvec, u):
-    """J^T u (P,) for u (N, outputs) if v is empty; else J^T M J v, summed over rows: a JVP, M and a VJP per block.
-
-    Rows are added up in chunks, whose number is set by the sizes and not by the threads, so that the bits never
-    change, and is small enough for their partial sums to take no more memory than acts.
+def _partial_sums(theta, sizes, acts):
+    """Room for _jtu: rows are added up in chunks, whose number is set by the sizes and not by the threads, so that the
+    bits never change, and is small enough for their sums (chunks, P) to take no more memory than acts.
     """
     n_chunks = max(1, min(_n_blocks(acts.size // sizes.sum()), 64, acts.size // theta.size))
-    partial = np.zeros((n_chunks, theta.size), theta.dtype)
-    _in_parallel(_jtu_chunks, n_chunks, theta, v, sizes, acts, jac, m, nvec, u, partial)
+    return np.empty((n_chunks, theta.size), theta.dtype)
+
+
+def _jtu(theta, v, sizes, acts, jac, m, nvec, u, partial):
+    """J^T u (P,) for u (N, outputs) if v is empty; else J^T M J v, summed over rows: a JVP, M and a VJP per block."""
+    _in_parallel(_jtu_chunks, len(partial), theta, v, sizes, acts, jac, m, nvec, u, partial)
     return partial.sum(axis=0)
 
 
@@ -886,9 +893,9 @@ CG_STATUS = ("converged", "iteration limit", "negative curvature", "not finite")
 CONVERGED, ITERATION_LIMIT, NEGATIVE_CURVATURE, NOT_FINITE = range(4)
 
 
-@jit
+@functools.partial(jit, fastmath={"reassoc"})
 def _dot(a, b):
-    """a . b, added up in order and in float64: BLAS would add in an order that depends on the number of threads."""
+    """a . b, added up in float64: BLAS would add in an order that depends on the number of threads."""
     total = 0.0
     for k in range(a.size):
         total += np.float64(a[k]) * np.float64(b[k])
@@ -940,9 +947,9 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
     return CGResult(x * scale, np.sqrt(_dot(r, r)) * float(scale), n_iter, CG_STATUS[status])
 
 
-def _fvp(theta, v, sizes, acts, jac, m, nvec, damping):
+def _fvp(theta, v, sizes, acts, jac, m, nvec, damping, partial):
     """F v + damping v, E4.  log_std does not see the state, so its block of F is 2 I whatever the rows."""
-    Fv = _jtu(theta, v, sizes, acts, jac, m, nvec, m) / len(m)  # the last argument, u, is not read where v is given
+    Fv = _jtu(theta, v, sizes, acts, jac, m, nvec, m, partial) / len(m)  # u, here m, is not read where v is given
     Fv = _mean_over_ranks(Fv, len(m))
     n_weights = ((sizes[:-1] + 1) * sizes[1:]).sum()
     Fv[n_weights:] = 2 * v[n_weights:]
@@ -954,10 +961,10 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
 
     x^T F x = x . (b - r) - damping x . x costs no product; where that cancels four digits or more, it takes one.
     """
-    jac = _jac(theta, sizes, acts, max_iter)
+    jac, partial = _jac(theta, sizes, acts, max_iter), _partial_sums(theta, sizes, acts)
 
     def F(v, c=0.0):
-        return _fvp(theta, v, sizes, acts, jac, m, nvec, c)
+        return _fvp(theta, v, sizes, acts, jac, m, nvec, c, partial)
 
     x, r, n_iter, status = _cg(lambda p: F(p, damping), b, max_iter, tol)
     damped = damping * _dot(x, x)
@@ -1025,9 +1032,10 @@ def vjp(policy, theta, obs, u):
 
 
 def _vjp(policy, theta, acts, u):
-    n_out = policy.sizes[-1]
+    n_out, sizes = policy.sizes[-1], np.array(policy.sizes)
     none, no_nvec = np.empty(0, theta.dtype), np.empty(0, np.int64)
-    grad = _jtu(theta, none, np.array(policy.sizes), acts, none, u, no_nvec, np.ascontiguousarray(u[:, :n_out]))
+    u_out, partial = np.ascontiguousarray(u[:, :n_out]), _partial_sums(theta, sizes, acts)
+    grad = _jtu(theta, none, sizes, acts, none, u, no_nvec, u_out, partial)
     if policy.head == "gaussian":  # log_std is each row's own output: its part of J is the identity
         grad[-n_out:] = u[:, n_out:].sum(axis=0)
     return grad
@@ -1044,13 +1052,14 @@ def fvp(policy, theta, obs, v, damping=0.0):
     theta, obs = _check_inputs(policy, theta, obs)
     v = _finite("v", v, theta.shape, theta.dtype)
     _check_number("damping", damping, float, "[0, inf)")
-    sizes, acts, m, nvec = _fisher(policy, theta, _activations(theta, np.array(policy.sizes), obs))
-    return _fvp(theta, v, sizes, acts, acts[:0], m, nvec, damping)
+    acts = _activations(theta, np.array(policy.sizes), obs)
+    sizes, acts, m, nvec = _fisher(policy, acts, _outputs(policy, theta, acts))
+    return _fvp(theta, v, sizes, acts, acts[:0], m, nvec, damping, _partial_sums(theta, sizes, acts))
 
 
-def _fisher(policy, theta, acts):
+def _fisher(policy, acts, mu):
     """What _solve needs to know of F: sizes, acts, what M is made of in the network's outputs, nvec."""
-    m = _metric_diagonal(policy, _outputs(policy, theta, acts))[:, : policy.sizes[-1]]
+    m = _metric_diagonal(policy, mu)[:, : policy.sizes[-1]]
     return np.array(policy.sizes), acts, np.ascontiguousarray(m), np.array(policy.nvec, np.int64)
 
 
@@ -1076,8 +1085,7 @@ def surrogate(policy, theta, batch):
     return _surrogate(policy, forward(policy, theta, batch.obs), batch)
 
 
-def _surrogate_grad(policy, theta, acts, batch):
-    mu = _outputs(policy, theta, acts)
+def _surrogate_grad(policy, theta, acts, mu, batch):
     ratio, adv = _weighted_ratio(policy, mu, batch), batch.adv
     if batch.group > 1:  # the derivative of the normalisation
         adv = adv - _group_mean(ratio * adv, batch.group)
@@ -1092,10 +1100,11 @@ def surrogate_grad(policy, theta, batch):
     In groups, E10: w_n ratio_n is self-normalised, and A_n counts from its mean over the group so weighted.
     """
     theta, batch = _check_batch(policy, theta, batch)
-    return _surrogate_grad(policy, theta, _activations(theta, np.array(policy.sizes), batch.obs), batch)
+    acts = _activations(theta, np.array(policy.sizes), batch.obs)
+    return _surrogate_grad(policy, theta, acts, _outputs(policy, theta, acts), batch)
 
 
-def _trust_region_step(net, params, acts, grad, objective, divergence, radius, longest, config):
+def _trust_region_step(net, params, acts, mu, grad, objective, divergence, radius, longest, config):
     """Uphill along (F + c I)^-1 grad as far as the quadratic model allows, then backtracking: E4 to E7.
 
     No candidate is further than longest times that direction.  objective(mu) is a number, divergence(mu) (N,) of each
@@ -1103,9 +1112,9 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
     are.  Returns (params, acts at them, their divergence, the fields of UpdateInfo about the step).
     """
     sizes, n_rows = np.array(net.sizes), acts.size // sum(net.sizes)
-    obs, old = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), objective(_outputs(net, params, acts))
+    obs, old = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), objective(mu)
     step_dir, cg_residual, cg_iters, status, curvature = _solve(  # E4, E5
-        params, grad, *_fisher(net, params, acts), config.damping, config.cg_iters, config.cg_tol
+        params, grad, *_fisher(net, acts, mu), config.damping, config.cg_iters, config.cg_tol
     )
     step = {"accepted": False, "kl": 0.0, "surrogate": old, "surrogate_old": old, "step_length": 0.0, "backtracks": 0}
     step |= {"curvature": curvature, "cg_iters": cg_iters, "cg_residual": cg_residual, "cg_status": CG_STATUS[status]}
@@ -1118,12 +1127,12 @@ def _trust_region_step(net, params, acts, grad, objective, divergence, radius, l
         for j in range(config.max_backtracks):  # E7
             step_length = longest * config.backtrack_coef**j
             candidate = params + params.dtype.type(step_length) * step_dir
-            acts_new = mu = None  # the memory of the last candidate's
+            acts_new = mu_new = None  # the memory of the last candidate's
             acts_new = _activations(candidate, sizes, obs)
-            mu = _outputs(net, candidate, acts_new)
-            moved = divergence(mu)
+            mu_new = _outputs(net, candidate, acts_new)
+            moved = divergence(mu_new)
             mean = float(_mean_over_ranks(moved.mean(dtype=np.float64), n_rows))
-            if mean <= radius and (new := objective(mu)) > old:  # neither is so for NaN
+            if mean <= radius and (new := objective(mu_new)) > old:  # neither is so for NaN
                 step |= {"accepted": True, "reason": "accepted", "surrogate": new, "kl": mean}
                 return candidate, acts_new, moved, step | {"step_length": float(step_length), "backtracks": j}
         step["reason"] = f"none of {config.max_backtracks} candidates was inside the trust region and better"
@@ -1154,11 +1163,11 @@ def trpo_update(policy, theta, batch, config=Config()):
     mu_old = _outputs(policy, theta, acts)
     _check_mu_old(batch.mu_old, mu_old)
     batch = batch._replace(mu_old=mu_old)  # without rounding in between, every ratio at old is 1
-    grad = _surrogate_grad(policy, theta, acts, batch)  # E3
+    grad = _surrogate_grad(policy, theta, acts, mu_old, batch)  # E3
     L = functools.partial(_surrogate, policy, batch=batch)  # E1
     D = functools.partial(kl, policy, mu_old)  # E2
     theta, acts, kl_rows, step = _trust_region_step(  # E4 to E7
-        policy, theta, acts, grad, L, D, config.max_kl, np.inf, config
+        policy, theta, acts, mu_old, grad, L, D, config.max_kl, np.inf, config
     )
     in_units = {name: step[name] * scale for name in ("surrogate", "surrogate_old", "cg_residual")}
     return theta, UpdateInfo(
@@ -1263,7 +1272,9 @@ def fit_value(value, phi, obs, returns, config=Config()):
     for _ in range(config.value_iters):
         values = _outputs(value, phi, acts)
         grad = _mean_over_ranks(_vjp(value, phi, acts, (returns - values) / len(obs)), len(obs))
-        phi, acts, _, step = _trust_region_step(value, phi, acts, grad, objective, unbounded, np.inf, 1.0, solve)
+        phi, acts, _, step = _trust_region_step(
+            value, phi, acts, values, grad, objective, unbounded, np.inf, 1.0, solve
+        )
         if not step["accepted"]:  # nor would the next be
             break
     phi = phi.copy()
@@ -1389,7 +1400,7 @@ def act(policy, theta, obs, obs_stats=None, rng=None):
     elif policy.head == "gaussian":
         actions = mu[:, : policy.sizes[-1]]
     else:
-        actions = np.stack([mu[:, g].argmax(axis=1) for g in _groups(policy)], axis=1)
+        actions = np.stack([logits.argmax(axis=0) for logits in _logits(policy, mu)], axis=1)
     actions = _env_actions(policy, actions)
     return actions if obs.ndim > 1 else actions[0]
 
