@@ -2884,6 +2884,16 @@ def test_compiled_kernels_equal_the_python_they_were_compiled_from(tmp_path):
             assert allclose(one[name], other[name], rtol=1e-8, atol=1e-10), name
 
 
+def test_what_one_name_of_the_module_compiled_does_not_stand_in_the_way_of_another(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    shutil.copy(tm.__file__, package)
+    dot = "import numpy as np; print(tm._dot(np.ones(3), np.ones(3)))"
+    for cwd, name in ((tmp_path, "package.trpo_min"), (package, "trpo_min"), (tmp_path, "package.trpo_min")):
+        result = run("-c", f"import {name} as tm; {dot}", cwd=cwd, PYTHONPATH="")
+        assert result.stdout == "3.0\n", result.stderr
+
+
 def test_import_changes_no_setting_and_needs_no_gymnasium():
     script = """
 import os, sys, numpy as np, numba

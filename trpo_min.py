@@ -63,6 +63,8 @@ def jit(function, **options):
     """Compiled; cached on disk, or compiled anew by each process where Numba finds no folder it may write to."""
     # "numpy": a division by zero gives inf or NaN, which the callers look for, and does not block vectorization
     options |= {"nogil": True, "error_model": "numpy"}
+    # Numba's cache imports the module that compiled under the name it had then: as a part of a package it has another
+    function.__qualname__ = f"{__name__}.{function.__name__}"
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:
