@@ -625,7 +625,7 @@ def sample(policy, mu, rng):
 # tanh outputs of each hidden layer and the network's outputs, layer after layer, rows in order: N * sum(sizes) numbers.
 # jac, where it is not empty, holds G (N, K, n) of each hidden layer but the last, layer after layer: the derivative of
 # the network's K outputs by what goes into the layer's tanh.
-BLOCK = 128  # rows per block: few enough to stay in the caches, many enough for products near their full speed
+BLOCK = 192  # rows per block: few enough to stay in the caches, many enough for products near their full speed
 
 
 @jit
