@@ -506,16 +506,16 @@ def train(args):
     """Seconds of training over seconds of stepping: the calls that training made to the environments, made again."""
     print(machine())
     print(
-        "\n                                  steps/s   training/stepping   of training, %: stepping, rollout, update, "
-        "value, rest"
+        "\n                                          steps/s   training/stepping   of training, %: stepping, rollout, "
+        "update, value, rest"
     )
     rows = []
     for env, kinds in TRAIN.items():
-        for make, n, steps in kinds:
+        for (make, n, steps), dtype in itertools.product(kinds, ("float64", "float32")):
             if make is envpool and not list(peers({envpool: "envpool"}, "envpool")):
                 continue
             steps = steps // 10 if args.quick else steps
-            config = tm.Config(total_steps=steps, stop_when_solved=False)
+            config = tm.Config(total_steps=steps, stop_when_solved=False, dtype=dtype)
             ratios, shares = [], []
             for seed in range(1 + args.repeats):  # the first to compile
                 envs, seconds = Recorder(make(env, n)), {}
@@ -536,12 +536,12 @@ def train(args):
             (ratio, rate), share = np.median(ratios, axis=0), np.mean(shares, axis=0)
             low, high = np.percentile([r for r, _ in ratios], [25, 75])
             print(
-                f"{env:15} {make.__name__:10} {n} envs {rate:9,.0f}  {ratio:6.2f} ({low:.2f}-{high:.2f})    "
+                f"{env:15} {make.__name__:10} {n} envs {dtype} {rate:9,.0f}  {ratio:6.2f} ({low:.2f}-{high:.2f})    "
                 f"{' '.join(f'{100 * s:3.0f}' for s in share)}",
                 flush=True,
             )
-            rows.append([threads(), env, make.__name__, n, rate, ratio, low, high, *share])
-    record("train", "threads,env,vector,envs,steps/s,ratio,q1,q3,stepping,rollout,update,value,rest", rows, args)
+            rows.append([threads(), env, make.__name__, n, dtype, rate, ratio, low, high, *share])
+    record("train", "threads,env,vector,envs,dtype,steps/s,ratio,q1,q3,stepping,rollout,update,value,rest", rows, args)
     if not args.quick:
         draw_train()
 
@@ -569,9 +569,9 @@ def clocked(seconds, *names):
 
 def draw_train():
     rows = [row for row in read_csv(RESULTS / "train.csv") if row["vector"] == "sync"]
-    figure, ax = figures(1, 1, figsize=(8, 3))
+    figure, ax = figures(1, 1, figsize=(8, 4))
     labels, left = (
-        [f"{r['env']}, {r['threads']} thread{'s' * (r['threads'] != '1')}" for r in rows],
+        [f"{r['env']}, {r['dtype']}, {r['threads']} thread{'s' * (r['threads'] != '1')}" for r in rows],
         np.zeros(len(rows)),
     )
     for part, colour in zip(("stepping", "rollout", "update", "value", "rest"), COLOURS, strict=True):
@@ -620,20 +620,25 @@ def seconds_of(*command, until="", **env):
 def solve(args):
     """CartPole-v1 from the start of the process to solved, beside sb3-contrib with the settings of its zoo."""
     print(machine())
-    commands = {"ours": (["trpo_min.py", "--env", "CartPole-v1", "--quiet"], "1_000_000")}
+
+    def trpo_min(*options):
+        command = ["trpo_min.py", "--env", "CartPole-v1", "--quiet", *options]
+        return lambda seed, most: [*command, "--seed", seed, "--total-steps", most, "--out", scratch()]
+
+    fast = trpo_min("--dtype", "float32", "--num-envs", 32)
+    commands = {"ours": (trpo_min(), 1_000_000), "ours, 32 in float32": (fast, 1_000_000)}
+    for command, _ in commands.values():  # to compile
+        seconds_of(*command(0, 2048))
     if list(peers({sb3: "sb3_contrib"})):
-        commands["sb3-contrib"] = (["-c", SB3_SOLVE], "300000")
-    seconds_of("trpo_min.py", "--env", "CartPole-v1", "--quiet", "--total-steps", "2048", "--out", scratch())
+        commands["sb3-contrib"] = (lambda seed, most: ["-c", SB3_SOLVE, seed, most]), 300_000
     rows = []
     for who, (command, most) in commands.items():
-        most = "5000" if args.quick else most
         for seed in range(1 if args.quick else args.seeds):
-            options = ["--seed", seed, "--total-steps", most, "--out", scratch()] if who == "ours" else [seed, most]
-            seconds, printed = seconds_of(*command, *options)
+            seconds, printed = seconds_of(*command(seed, 5_000 if args.quick else most))
             solved = printed.splitlines()[-1].startswith("solved")
             rows.append([threads(), who, seed, seconds, solved])
             print(
-                f"{who:12} seed {seed}: {seconds:6.2f} s  {printed.splitlines()[-1] if not solved else 'solved'}",
+                f"{who:19} seed {seed}: {seconds:6.2f} s  {printed.splitlines()[-1] if not solved else 'solved'}",
                 flush=True,
             )
     record("solve", "threads,who,seed,seconds,solved", rows, args)

@@ -1409,12 +1409,11 @@ def act(policy, theta, obs, obs_stats=None, rng=None):
 
 def flatten_obs(space, obs, n):
     """n observations of a Gymnasium space, batched as its vector environments batch them, as float64 (n, D)."""
-    from gymnasium import spaces
-    from gymnasium.vector.utils import batch_space, iterate
+    from gymnasium import spaces, vector
 
     if isinstance(space, spaces.Box):
         return np.array(obs, np.float64).reshape(n, -1)  # a copy: obs may be a buffer that the next step fills
-    rows = iterate(batch_space(space, n), obs)
+    rows = vector.utils.iterate(vector.utils.batch_space(space, n), obs)
     return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
 
 
