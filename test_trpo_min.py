@@ -3154,6 +3154,33 @@ def test_a_bad_batch_is_refused_before_any_work_in_one_sentence(head, changes, m
     assert "\n" not in str(error.value)
 
 
+def test_the_heads_refuse_what_does_not_fit_in_one_sentence():
+    discrete, gaussian = tm.Policy((3, 5), "categorical", (3, 2)), tm.Policy((3, 2), "gaussian")
+    mu, choices, moves = np.zeros((7, 5)), np.zeros((7, 2), int), np.zeros((7, 2))
+    for policy, what, actions, message in (
+        (discrete, np.zeros((7, 10)), choices, "mu must have shape (any, 5), got (7, 10)"),
+        (discrete, np.zeros(5), choices, "mu must have shape (any, 5), got (5,)"),
+        (gaussian, mu, moves, "mu must have shape (any, 4), got (7, 5)"),
+        (discrete, mu, choices[:1], "actions must be integers of shape (7, 2)"),
+        (discrete, mu, moves, "actions must be integers of shape (7, 2)"),
+        (discrete, mu, choices - 1, "actions must be choices from 0"),
+        (discrete, mu, choices + 2, "actions must be choices from 0"),
+        (gaussian, mu[:, :4], moves[:, :1], "actions must have shape (7, 2)"),
+        (gaussian, mu[:, :4], moves + np.nan, "actions must be finite"),
+        (tm.Policy((3, 5), "value"), mu, choices, "policy must have a gaussian or categorical head"),
+    ):
+        for head in (tm.log_prob, tm.score):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                head(policy, what, actions)
+        if not message.startswith("actions"):
+            for head in (tm.entropy, lambda policy, mu: tm.kl(policy, mu, mu)):
+                with pytest.raises(ValueError, match=re.escape(message)):
+                    head(policy, what)
+    with pytest.raises(ValueError, match="the same shape"):
+        tm.kl(discrete, mu, mu[:1])
+    assert tm.log_prob(discrete, mu.tolist(), choices.tolist()).shape == (7,)
+
+
 @pytest.mark.parametrize("bad", [lambda a: a + 4, lambda a: a - 4, lambda a: a.astype(float)])
 def test_actions_that_are_no_choices_are_refused(bad):
     case = fixed_case("categorical")

@@ -392,16 +392,7 @@ def _check_batch(policy, theta, batch):
     if policy.head == "value":
         raise ValueError("policy must have a gaussian or categorical head, got a value function")
     n, dtype = len(obs), theta.dtype
-    if policy.head == "gaussian":
-        actions = _finite("actions", batch.actions, (n, policy.sizes[-1]), dtype)
-    else:
-        actions, shape = np.ascontiguousarray(batch.actions), (n, len(policy.nvec))
-        if actions.shape != shape or actions.dtype.kind not in "iu":
-            raise ValueError(f"actions must be integers of shape {shape}, got {actions.dtype} of shape {actions.shape}")
-        wrong = (actions < 0) | (actions >= policy.nvec)
-        if wrong.any():
-            raise ValueError(f"actions must be choices from 0 to below nvec={policy.nvec}, got {actions[wrong][0]}")
-        actions = actions.astype(np.int64)
+    actions = _check_actions(policy, batch.actions, n, dtype)
     adv = _finite("adv", batch.adv, (n,), dtype)
     mu_old = _finite("mu_old", batch.mu_old, (n, n_outputs(policy)), dtype)
     weights = _finite("weights", batch.weights, (n,) if np.ndim(batch.weights) else (), dtype)
@@ -411,6 +402,18 @@ def _check_batch(policy, theta, batch):
     if batch.group > 1:
         weights = _check_groups(obs, np.broadcast_to(weights, n).reshape(-1, batch.group))
     return theta, Batch(obs, actions, adv, mu_old, weights, int(batch.group))
+
+
+def _check_actions(policy, actions, n, dtype):
+    if policy.head == "gaussian":
+        return _finite("actions", actions, (n, policy.sizes[-1]), dtype)
+    actions, shape = np.ascontiguousarray(actions), (n, len(policy.nvec))
+    if actions.shape != shape or actions.dtype.kind not in "iu":
+        raise ValueError(f"actions must be integers of shape {shape}, got {actions.dtype} of shape {actions.shape}")
+    wrong = (actions < 0) | (actions >= policy.nvec)
+    if wrong.any():
+        raise ValueError(f"actions must be choices from 0 to below nvec={policy.nvec}, got {actions[wrong][0]}")
+    return actions.astype(np.int64)
 
 
 def _check_groups(obs, weights):
@@ -472,9 +475,14 @@ def _columns(x):
     return np.ascontiguousarray(x.T)
 
 
-def _logits(policy, mu):
-    """Logits (n, N) of each categorical."""
-    return np.split(_columns(mu), np.cumsum(policy.nvec)[:-1])
+def _parts(policy, mu):
+    """mean and log_std (A, N) of a Gaussian, the logits (n, N) of each categorical; they may be NaN or infinite."""
+    if policy.head == "value":
+        raise ValueError("policy must have a gaussian or categorical head, got a value function")
+    if np.shape(mu) != (*np.shape(mu)[:1], n_outputs(policy)):
+        raise ValueError(f"mu must have shape (any, {n_outputs(policy)}), got {np.shape(mu)}")
+    ends = [policy.sizes[-1]] if policy.head == "gaussian" else np.cumsum(policy.nvec)[:-1]
+    return np.split(_columns(np.asarray(mu)), ends)
 
 
 def _log_softmax(logits):
@@ -487,19 +495,22 @@ def log_prob(policy, mu, actions):
 
     Gaussian: -sum_i z_i^2 / 2 + log_std_i + log(2 pi) / 2, z = (a - mean) / sigma; categorical: sum of log p[a_i].
     """
+    parts = _parts(policy, mu)
+    actions = _check_actions(policy, actions, len(mu), np.result_type(parts[0], np.float32))
     if policy.head == "gaussian":
-        mean, log_std = np.split(_columns(mu), 2)
+        mean, log_std = parts
         z = (_columns(actions) - mean) * np.exp(-log_std)
         return -(0.5 * z * z + log_std + 0.5 * LOG_2PI).sum(axis=0)
-    rows, choices = np.arange(len(mu)), zip(_logits(policy, mu), _columns(actions), strict=True)
-    return sum(_log_softmax(logits)[chosen, rows] for logits, chosen in choices)
+    rows = np.arange(len(mu))
+    return sum(_log_softmax(logits)[chosen, rows] for logits, chosen in zip(parts, _columns(actions), strict=True))
 
 
 def entropy(policy, mu):
     """-E log pi(a|s) (N,) in nats.  Gaussian: sum of log_std + log(2 pi e) / 2; categorical: -sum p log p."""
+    parts = _parts(policy, mu)
     if policy.head == "gaussian":
-        return (np.split(_columns(mu), 2)[1] + 0.5 * (1 + LOG_2PI)).sum(axis=0)
-    log_p = [_log_softmax(logits) for logits in _logits(policy, mu)]
+        return (parts[1] + 0.5 * (1 + LOG_2PI)).sum(axis=0)
+    log_p = [_log_softmax(logits) for logits in parts]
     return -sum((np.exp(lp) * lp).sum(axis=0) for lp in log_p)
 
 
@@ -509,13 +520,16 @@ def kl(policy, mu_old, mu_new):
     With f(t) = exp(t) - 1 - t >= 0, so that it is 0 at old, never negative, and precise as it goes to 0: categorical
     sum of p_old f(log p_new/p_old); Gaussian sum of ((shift / sigma_new)^2 + f(2 log sigma_old/sigma_new)) / 2.
     """
+    old, new = _parts(policy, mu_old), _parts(policy, mu_new)
+    if np.shape(mu_old) != np.shape(mu_new):
+        raise ValueError(f"mu_old and mu_new must have the same shape, got {np.shape(mu_old)} and {np.shape(mu_new)}")
     if policy.head == "gaussian":
-        (mean_old, log_std_old), (mean_new, log_std_new) = (np.split(_columns(mu), 2) for mu in (mu_old, mu_new))
+        (mean_old, log_std_old), (mean_new, log_std_new) = old, new
         t = 2 * (log_std_old - log_std_new)
         shift = (mean_old - mean_new) * np.exp(-log_std_new)
         return 0.5 * (shift * shift + (np.expm1(t) - t)).sum(axis=0)
     total = 0.0
-    for logits_old, logits_new in zip(_logits(policy, mu_old), _logits(policy, mu_new), strict=True):
+    for logits_old, logits_new in zip(old, new, strict=True):
         log_p, log_q = _log_softmax(logits_old), _log_softmax(logits_new)
         p, t = np.exp(log_p), log_q - log_p
         small = np.minimum(t, 1)  # beyond, p exp(t) = q, which cannot overflow
@@ -525,11 +539,13 @@ def kl(policy, mu_old, mu_new):
 
 def score(policy, mu, actions):
     """d log pi(a|s) / d mu (N, K).  Gaussian: z / sigma and z^2 - 1; categorical: one-hot(a) - p."""
+    parts = _parts(policy, mu)
+    actions = _check_actions(policy, actions, len(mu), np.result_type(parts[0], np.float32))
     if policy.head == "gaussian":
-        mean, log_std = np.split(_columns(mu), 2)
+        mean, log_std = parts
         z = (_columns(actions) - mean) * np.exp(-log_std)
         return _columns(np.concatenate([z * np.exp(-log_std), z * z - 1]))
-    hot, starts = np.zeros_like(mu), np.cumsum(policy.nvec) - policy.nvec
+    hot, starts = np.zeros(np.shape(mu), parts[0].dtype), np.cumsum(policy.nvec) - policy.nvec
     hot[np.arange(len(mu))[:, None], starts + actions] = 1
     return hot - _metric_diagonal(policy, mu)
 
@@ -537,10 +553,10 @@ def score(policy, mu, actions):
 def _metric_diagonal(policy, mu):
     """What M is made of (N, K).  Gaussian: M = diag(1/sigma^2, 2); categorical: p, M = diag(p) - p p^T; value: 1."""
     if policy.head == "gaussian":
-        log_std = np.split(_columns(mu), 2)[1]
+        log_std = _parts(policy, mu)[1]
         return _columns(np.concatenate([np.exp(-2 * log_std), np.full_like(log_std, 2)]))
     if policy.head == "categorical":
-        return _columns(np.concatenate([np.exp(_log_softmax(logits)) for logits in _logits(policy, mu)]))
+        return _columns(np.concatenate([np.exp(_log_softmax(logits)) for logits in _parts(policy, mu)]))
     return np.ones_like(mu)
 
 
@@ -1407,7 +1423,7 @@ def act(policy, theta, obs, obs_stats=None, rng=None):
     elif policy.head == "gaussian":
         actions = mu[:, : policy.sizes[-1]]
     else:
-        actions = np.stack([logits.argmax(axis=0) for logits in _logits(policy, mu)], axis=1)
+        actions = np.stack([logits.argmax(axis=0) for logits in _parts(policy, mu)], axis=1)
     actions = _env_actions(policy, actions)
     return actions if obs.ndim > 1 else actions[0]
 
