@@ -389,8 +389,7 @@ def _check_batch(policy, theta, batch):
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a Batch, got {type(batch).__name__}")
     theta, obs = _check_inputs(policy, theta, batch.obs)
-    if policy.head == "value":
-        raise ValueError("policy must have a gaussian or categorical head, got a value function")
+    _check_acts(policy)
     n, dtype = len(obs), theta.dtype
     actions = _check_actions(policy, batch.actions, n, dtype)
     adv = _finite("adv", batch.adv, (n,), dtype)
@@ -402,6 +401,11 @@ def _check_batch(policy, theta, batch):
     if batch.group > 1:
         weights = _check_groups(obs, np.broadcast_to(weights, n).reshape(-1, batch.group))
     return theta, Batch(obs, actions, adv, mu_old, weights, int(batch.group))
+
+
+def _check_acts(policy):
+    if policy.head == "value":
+        raise ValueError("policy must have a gaussian or categorical head, got a value function")
 
 
 def _check_actions(policy, actions, n, dtype):
@@ -477,12 +481,11 @@ def _columns(x):
 
 def _parts(policy, mu):
     """mean and log_std (A, N) of a Gaussian, the logits (n, N) of each categorical; they may be NaN or infinite."""
-    if policy.head == "value":
-        raise ValueError("policy must have a gaussian or categorical head, got a value function")
+    _check_acts(policy)
     if np.shape(mu) != (*np.shape(mu)[:1], n_outputs(policy)):
         raise ValueError(f"mu must have shape (any, {n_outputs(policy)}), got {np.shape(mu)}")
-    ends = [policy.sizes[-1]] if policy.head == "gaussian" else np.cumsum(policy.nvec)[:-1]
-    return np.split(_columns(np.asarray(mu)), ends)
+    edges = [policy.sizes[-1]] if policy.head == "gaussian" else np.cumsum(policy.nvec)[:-1]
+    return np.split(_columns(np.asarray(mu)), edges)
 
 
 def _log_softmax(logits):
