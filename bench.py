@@ -181,11 +181,11 @@ def kernel(policy, theta, obs):
     """F v alone on cached activations, as inside conjugate gradients."""
     acts = tm._activations(theta, np.array(policy.sizes), obs)
     sizes, acts, m, nvec = tm._fisher(policy, acts, tm._outputs(policy, theta, acts))
-    jac, partial = tm._jac(theta, sizes, acts, CONFIG.cg_iters), tm._partial_sums(theta, sizes, acts)
+    jac = tm._jac(theta, sizes, acts, CONFIG.cg_iters)
 
     def product(v):
         with tm._one_blas_thread():
-            return tm._fvp(theta, v, sizes, acts, jac, m, nvec, 0.0, partial)
+            return tm._fvp(theta, v, sizes, acts, jac, m, nvec, 0.0)
 
     return product
 
