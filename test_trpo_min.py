@@ -362,6 +362,13 @@ def test_fvp_is_the_same_where_the_derivatives_of_the_outputs_are_kept(case):
     assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
 
 
+@pytest.mark.parametrize(("K", "layers", "kept"), [(3, 3, True), (3, 4, False), (1, 9, True), (1, 10, False)])
+def test_the_derivatives_of_the_outputs_are_kept_up_to_eight_rows_for_each_row(K, layers, kept):
+    policy, obs = tm.Policy((2, *[3] * layers, K), "gaussian"), np.ones((5, 2))
+    sizes, theta = np.array(policy.sizes), tm.init_params(policy, np.random.default_rng(0))
+    assert (tm._jac(theta, sizes, tm._activations(theta, sizes, obs), 10).size > 0) == kept
+
+
 @given(st.sampled_from([65, 128, 700]), seeds)
 def test_fvp_is_right_when_rows_times_outputs_exceed_the_parameters(n_rows, seed):
     rng = np.random.default_rng(seed)
