@@ -2611,6 +2611,18 @@ def test_an_environment_that_reuses_its_observation_bootstraps_from_its_true_las
     assert (rollout.raw_obs[:, 0, 0] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]).all()
 
 
+@pytest.mark.parametrize("vector", ["sync", "async"])
+def test_no_infos_are_gathered_of_the_environments_of_a_vector(vector):
+    class Telling(Counter):
+        def step(self, action):
+            return *super().step(action)[:4], {"seen": len(self.seen)}
+
+    envs, _ = tm._make_envs(Telling, tm.Config(num_envs=2, vector=vector))
+    with contextlib.closing(envs):
+        envs.reset()
+        assert envs.step(np.zeros((2, 1), np.float32))[4] == {}
+
+
 class Precise(Counter):
     """With observations in float64, which need no copy to be the policy's."""
 

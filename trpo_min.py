@@ -1466,12 +1466,26 @@ def _make_env(env, /, **options):
     return made
 
 
-def _make_in_worker(env, options, trainer):
-    """_make_env; another process than trainer leaves Ctrl-C to it from here on, and ends at SIGTERM."""
+def _without_infos(env):
+    """env, each step's info left empty.  None is read here, and a VectorEnv gathers them entry by entry: a tenth of the
+    time of HalfCheetah-v5's steps, a seventh where each environment is in a process."""
+    import gymnasium as gym
+
+    class WithoutInfos(gym.Wrapper):
+        def step(self, action):
+            obs, reward, terminated, truncated, _ = self.env.step(action)
+            return obs, reward, terminated, truncated, {}
+
+    return WithoutInfos(env)
+
+
+def _make_one(env, options, trainer):
+    """One environment of a vector; a process other than trainer leaves Ctrl-C to it from here on, and ends at
+    SIGTERM."""
     if os.getpid() != trainer:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return _make_env(env, **options)
+    return _without_infos(_make_env(env, **options))
 
 
 @contextlib.contextmanager
@@ -1503,16 +1517,16 @@ def _make_envs(env, config, /, **options):
         first.close()
         return gym.make_vec(env, config.num_envs, vectorization_mode="vector_entry_point"), True
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
+    one = functools.partial(_make_one, env, options, os.getpid())
     if config.vector == "async":
         if first is env:
             raise ValueError(f"vector='async' needs an id, or a callable to call in other processes, got {env}")
         first.close()
-        worker = functools.partial(_make_in_worker, env, options, os.getpid())
-        envs = AsyncVectorEnv([worker] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        envs = AsyncVectorEnv([one] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False)
         envs.spec = first.spec  # asked for later, it would have to cross a pipe, which not every spec can
         return envs, True
-    others = [] if first is env else [functools.partial(_make_env, env, **options)] * (config.num_envs - 1)
-    envs = SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.DISABLED)
+    others = [] if first is env else [one] * (config.num_envs - 1)
+    envs = SyncVectorEnv([lambda: _without_infos(first), *others], autoreset_mode=AutoresetMode.DISABLED, copy=False)
     if len({id(each.unwrapped) for each in envs.envs}) < envs.num_envs:
         raise ValueError("the callable must make a new environment at each call, got the same one again")
     return envs, first is not env
