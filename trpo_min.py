@@ -1699,8 +1699,19 @@ def _actor(policy, theta, obs_stats, n_rows):
 def _first_runner(envs, seed):
     n, zeros = envs.num_envs, np.zeros(envs.num_envs)
     obs, _ = envs.reset(seed=seed)
-    obs = flatten_obs(envs.single_observation_space, obs, n)
-    return Runner(obs, np.zeros(n, bool), zeros, np.zeros(n, np.int64), zeros)
+    return Runner(flatten_obs(envs.single_observation_space, obs, n), np.zeros(n, bool), zeros, zeros, zeros)
+
+
+@jit
+def _running(x, ended, decay, before):
+    """y_t = x_t + decay y_t-1 of each column of x (T, E), and what it goes on from in row T: before (E,) in row 0, 0
+    where an episode has ended."""
+    y, before = np.empty_like(x), before.copy()
+    for t in range(len(x)):
+        for e in range(before.size):
+            y[t, e] = x[t, e] + decay * before[e]
+            before[e] = 0.0 if ended[t, e] else y[t, e]
+    return y, before
 
 
 def _check_observed(finite, obs):
@@ -1733,42 +1744,41 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
     E, D, K, space = envs.num_envs, policy.sizes[0], n_outputs(policy), envs.single_observation_space
     raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
     mu, (noise, actions) = np.empty((n_steps, E, K), theta.dtype), _draw(policy, rng, (n_steps, E), theta.dtype)
-    rewards, discounted, flags = *np.empty((2, n_steps, E)), np.empty((3, n_steps, E), bool)
+    rewards, (terminated, truncated) = np.empty((n_steps, E)), np.empty((2, n_steps, E), bool)
+    real = np.ones((n_steps + 1, E), bool)  # elsewhere no episode is under way, whatever the environment says
+    real[0] = ~runner.resetting
     step, edges = _actor(policy, theta, obs_stats, E), np.arange(n_saved + 1) * n_steps // max(n_saved, 1)
     save_at = set(rng.integers(edges[:-1], edges[1:]).tolist())  # by chance: episodes may be as long as the stretches
-    current, resetting, running = runner.obs, runner.resetting, runner.discounted
-    episode_return, episode_length = runner.episode_return.copy(), runner.episode_length.copy()
-    final_at, final_obs, episodes, saved = [], [], [], []
+    current, final_at, final_obs, saved = runner.obs, [], [], []
     for t in range(n_steps):
         if t in save_at:
             saved.append((t, [save_env(env) for env in envs.envs]))
         raw_obs[t] = current
         step(raw_obs[t], noise[t], obs[t], mu[t], actions[t])
-        current, reward, terminated, truncated, infos = envs.step(_env_actions(policy, actions[t]))
-        real = ~resetting  # elsewhere no episode is under way, whatever the environment says
-        current, rewards[t] = flatten_obs(space, current, E), np.where(real, reward, 0)
-        flags[:, t] = terminated, truncated, real
-        flags[:, t] &= real
-        terminated, truncated, _ = flags[:, t]  # as booleans, whatever the environment's are
-        discounted[t] = running = gamma * running + rewards[t]
-        episode_return += rewards[t]
-        episode_length += real
-        ended = terminated | truncated
+        current, rewards[t], terminated[t], truncated[t], infos = envs.step(_env_actions(policy, actions[t]))
+        current = flatten_obs(space, current, E)
+        ended = (terminated[t] | truncated[t]) & real[t]
         if ended.any():
-            episodes += zip(episode_return[ended].tolist(), episode_length[ended].tolist(), strict=True)
-            for e in np.flatnonzero(truncated & ~terminated):
+            for e in np.flatnonzero(ended & ~terminated[t]):
                 same_step = mode == AutoresetMode.SAME_STEP
                 final_at.append((t, e))
                 final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else current[e].copy())
                 _check_observed(np.isfinite(final_obs[-1]).all(), final_obs[-1])
-            episode_return[ended], episode_length[ended], running = 0, 0, np.where(ended, 0, running)
-            if mode == AutoresetMode.DISABLED:
+            if mode == AutoresetMode.NEXT_STEP:
+                real[t + 1] = ~ended
+            elif mode == AutoresetMode.DISABLED:
                 current = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
-        resetting = ended if mode == AutoresetMode.NEXT_STEP else np.zeros(E, bool)
     _check_observed(np.isfinite(current).all(), current)
+    resetting, real = ~real[n_steps], real[:n_steps]
+    terminated, truncated, rewards[~real] = terminated & real, truncated & real, 0
     _check_rewards(rewards)
+    ended = terminated | truncated
+    discounted, running = _running(rewards, ended, float(gamma), runner.discounted)
+    returns, episode_return = _running(rewards, ended, 1.0, runner.episode_return)
+    lengths, episode_length = _running(real.astype(float), ended, 1.0, runner.episode_length)
+    episodes = list(zip(returns[ended].tolist(), lengths[ended].astype(int).tolist(), strict=True))
     ends = current, final_at, final_obs, episodes, saved
-    rollout = Rollout(raw_obs, obs, mu, actions, rewards, *flags, discounted, *ends)
+    rollout = Rollout(raw_obs, obs, mu, actions, rewards, terminated, truncated, real, discounted, *ends)
     return rollout, Runner(current, resetting, episode_return, episode_length, running)
 
 
