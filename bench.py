@@ -503,7 +503,10 @@ TRAIN = {  # environment, kind, environments stepped together, steps
 
 
 def train(args):
-    """Seconds of training over seconds of stepping: the calls that training made to the environments, made again."""
+    """Seconds of training over seconds of stepping: the calls that training made to the environments, made again.
+
+    One by one, training steps what trpo_min makes of an id, stepping Gymnasium's SyncVectorEnv, which gathers infos.
+    """
     print(machine())
     print(
         "\n                                          steps/s   training/stepping   of training, %: stepping, rollout, "
@@ -518,7 +521,8 @@ def train(args):
             config = tm.Config(total_steps=steps, stop_when_solved=False, dtype=dtype)
             ratios, shares = [], []
             for seed in range(1 + args.repeats):  # the first to compile
-                envs, seconds = Recorder(make(env, n)), {}
+                made_here = tm._make_envs(env, config._replace(num_envs=n, vector="sync"))[0]
+                envs, seconds = Recorder(made_here if make is sync else make(env, n)), {}
                 with clocked(seconds, "collect", "trpo_update", "fit_value"):
                     start = time.perf_counter()
                     state = tm.train(envs, config, seed=seed)
@@ -929,14 +933,14 @@ def play(predict, env, seed, episodes=10):
 
 def learn_ours(env, settings, seed, total_steps, every, report):
     config = tm.Config(total_steps=total_steps, stop_when_solved=False)._replace(**settings)
-    test, due = gym.make(env), [every]
+    (envs, _), test, due = tm._make_envs(env, config), gym.make(env), [every]
 
     def callback(state, info, explained):
-        if state.steps >= min(due[0], total_steps - config.num_envs + 1):
+        if state.steps >= min(due[0], total_steps - envs.num_envs + 1):
             due[0] += every
             report(state.steps, play(state.act, test, 1000 + seed), np.mean(state.returns or (np.nan,)))
 
-    tm.train(env, config, seed=seed, callback=callback)
+    tm.train(envs, config, seed=seed, callback=callback)
     return " ".join(f"{name}={value}" for name, value in config._asdict().items())
 
 
@@ -1182,7 +1186,7 @@ def reward_scale(state):
 
 def bound(args):
     """The step that maximises the lower bound of E11 beside the trust region's, in one update on CartPole-v1."""
-    state, sample = at_rest("CartPole-v1", tm.Config(max_kl=0.01, kl_schedule="constant"), 20)
+    state, sample = at_rest("CartPole-v1", tm.Config(num_envs=4, max_kl=0.01, kl_schedule="constant"), 20)
     batch, *_ = tm._targets(state, *sample(), (), reward_scale(state))
     gamma, found = state.config.gamma, []
     print(machine())
@@ -1272,7 +1276,7 @@ KINDS = {"single_path": {}, "vine": {"sampling": "vine"}, "vine, 64 states": {"s
 
 def curve(env, kind, seed, total_steps, path):
     """Train once, then append a row for each update."""
-    config, rows = tm.Config(**KINDS[kind], total_steps=total_steps, stop_when_solved=False), []
+    config, rows = tm.Config(num_envs=4, **KINDS[kind], total_steps=total_steps, stop_when_solved=False), []
 
     def callback(state, info, explained):
         mean = round(float(np.mean(state.returns)), 2) if state.returns else ""
@@ -1289,7 +1293,7 @@ def curve(env, kind, seed, total_steps, path):
 
 def gradient_noise(env, kind, updates, seed, n=32):
     """Of n gradient estimates of one policy: E |g - mean|^2, |mean|^2 without bias, the environment steps of each."""
-    state, sample = at_rest(env, tm.Config(**KINDS[kind]), updates, seed)
+    state, sample = at_rest(env, tm.Config(num_envs=4, **KINDS[kind]), updates, seed)
     grads, steps = [], 0
     for _ in range(n):
         rollout, branches = sample()

@@ -3554,9 +3554,9 @@ def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
     again = shell(tmp_path, "--env", "CartPole-v1", "--out", "here")
     assert again.returncode == 2
     assert "not overwritten" in again.stderr
-    quiet = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "4", "--quiet")
+    quiet = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "16", "--quiet")
     assert quiet.returncode == 0
-    assert len(quiet.stdout.splitlines()) == 1 and "no episode ended, after 4 steps" in quiet.stdout
+    assert len(quiet.stdout.splitlines()) == 1 and "no episode ended, after 16 steps" in quiet.stdout
 
 
 def test_a_run_that_vine_refuses_leaves_no_folder(tmp_path):

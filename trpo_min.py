@@ -218,7 +218,9 @@ class Config(NamedTuple):
     ] = 2.4
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
-    num_envs: Annotated[int, "[1, inf)", "environments stepped together, in each rank"] = 4
+    num_envs: Annotated[
+        int, "[0, inf)", "environments stepped together, in each rank; 0: 16 where they step as one, else 4"
+    ] = 0
     vector: Annotated[
         str, "own sync async", "own: step as one where Gymnasium can; else sync: one by one; async: each in a process"
     ] = "own"
@@ -1515,17 +1517,18 @@ def _make_envs(env, config, /, **options):
     as_one = isinstance(env, str) and str(first.spec.vector_entry_point).startswith("gymnasium.")  # as CartPole's
     if config.vector == "own" and as_one and not options and config.sampling != "vine":
         first.close()
-        return gym.make_vec(env, config.num_envs, vectorization_mode="vector_entry_point"), True
+        return gym.make_vec(env, config.num_envs or 16, vectorization_mode="vector_entry_point"), True
+    n_envs = config.num_envs or 4
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
     one = functools.partial(_make_one, env, options, os.getpid())
     if config.vector == "async":
         if first is env:
             raise ValueError(f"vector='async' needs an id, or a callable to call in other processes, got {env}")
         first.close()
-        envs = AsyncVectorEnv([one] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False)
+        envs = AsyncVectorEnv([one] * n_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False)
         envs.spec = first.spec  # asked for later, it would have to cross a pipe, which not every spec can
         return envs, True
-    others = [] if first is env else [one] * (config.num_envs - 1)
+    others = [] if first is env else [one] * (n_envs - 1)
     envs = SyncVectorEnv([lambda: _without_infos(first), *others], autoreset_mode=AutoresetMode.DISABLED, copy=False)
     if len({id(each.unwrapped) for each in envs.envs}) < envs.num_envs:
         raise ValueError("the callable must make a new environment at each call, got the same one again")
