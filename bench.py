@@ -510,7 +510,7 @@ def train(args):
     print(machine())
     print(
         "\n                                          steps/s   training/stepping   of training, %: stepping, rollout, "
-        "update, value, rest"
+        "update, what the value fit adds to it, rest"
     )
     rows = []
     for env, kinds in TRAIN.items():
@@ -523,7 +523,7 @@ def train(args):
             for seed in range(1 + args.repeats):  # the first to compile
                 made_here = tm._make_envs(env, config._replace(num_envs=n, vector="sync"))[0]
                 envs, seconds = Recorder(made_here if make is sync else make(env, n)), {}
-                with clocked(seconds, "collect", "trpo_update", "fit_value"):
+                with clocked(seconds, "collect", "trpo_update", "_both"):
                     start = time.perf_counter()
                     state = tm.train(envs, config, seed=seed)
                     total = time.perf_counter() - start - envs.remembering
@@ -533,7 +533,8 @@ def train(args):
                     getattr(again, name)(*arguments, **keywords)
                 stepping = time.perf_counter() - start
                 rollout = seconds["collect"] - envs.seconds - envs.remembering
-                parts = [envs.seconds, rollout, seconds["trpo_update"], seconds["fit_value"]]
+                update = seconds["trpo_update"]
+                parts = [envs.seconds, rollout, update, seconds["_both"] - update]
                 if seed:
                     ratios.append((total / stepping, state.steps / total))
                     shares.append([*parts, total - sum(parts)] / np.array(total))

@@ -2859,14 +2859,33 @@ def late():
     time.sleep(0.5)  # until the main thread has ended
     policy, obs = tm.Policy((3, 8, 2), "gaussian"), np.ones((1000, 3))
     print(tm.fvp(policy, tm.init_params(policy, np.random.default_rng(0)), obs, np.ones(tm.n_params(policy))).shape)
+    print(tm.train("CartPole-v1", tm.Config(hidden=(8,), total_steps=100, rollout_steps=50)).updates)
 
 threading.Thread(target=late).start()
 """
 
 
-def test_a_thread_that_outlives_the_main_thread_can_still_update_a_policy():
+def test_a_thread_that_outlives_the_main_thread_can_still_update_a_policy_and_train():
     result = run("-c", LATE, NUMBA_NUM_THREADS="2")
-    assert result.stdout.strip() == "(52,)", result.stderr
+    assert result.stdout.split() == ["(52,)", "2"], result.stderr
+
+
+def test_calls_in_progress_at_the_same_time_share_the_threads():
+    pieces = []
+    with pytest.MonkeyPatch.context() as patch, tm._one_blas_thread(), tm._one_blas_thread():
+        patch.setattr(tm.numba.config, "NUMBA_NUM_THREADS", 6)
+        tm._in_parallel(lambda first, last: pieces.append(last - first), 12)
+    assert pieces == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("threads", "ranks", "used"), [(1, None, 1), (2, None, 2), (2, object(), 1)])
+def test_two_functions_run_side_by_side_where_there_are_two_threads_and_no_ranks(threads, ranks, used, monkeypatch):
+    monkeypatch.setattr(tm.numba.config, "NUMBA_NUM_THREADS", threads)
+    monkeypatch.setattr(tm, "_ranks", ranks)
+    assert len(set(tm._both(threading.get_ident, threading.get_ident))) == used
+    for functions in ((lambda: 1 / 0, dict), (dict, lambda: 1 / 0)):
+        with pytest.raises(ZeroDivisionError):
+            tm._both(*functions)
 
 
 KERNELS = """

@@ -85,24 +85,41 @@ def _threads():
     return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1))
 
 
+def _begin(pool, function, *args):
+    """Has a thread of pool begin function(*args); returns what to call for the result."""
+    try:
+        return pool.submit(function, *args).result
+    except RuntimeError:  # at the end of the process, no thread takes new work
+        result = function(*args)
+        return lambda: result
+
+
 def _in_parallel(kernel, n, *args):
     """kernel(*args, first, last) for all of range(n), cut into a piece for each thread.
 
     Python's threads, as the kernels release its lock: 20 us a call slower than Numba's parallel=True, whose code takes
     5 s longer to compile and hangs after a fork.
     """
-    pieces = max(1, min(n, numba.config.NUMBA_NUM_THREADS))
+    pieces = max(1, min(n, numba.config.NUMBA_NUM_THREADS // max(1, len(_blas_before))))
     # the larger pieces first: the calling thread is at work 70 us before the others, a tenth of F v on 2,048 rows
     edges = [-(-n * k // pieces) for k in range(pieces + 1)]
-    others = []
-    for k in range(1, pieces):
-        try:
-            others.append(_threads().submit(kernel, *args, *edges[k : k + 2]))
-        except RuntimeError:  # at the end of the process, no thread takes new work
-            kernel(*args, *edges[k : k + 2])
+    others = [_begin(_threads(), kernel, *args, *edges[k : k + 2]) for k in range(1, pieces)]
     kernel(*args, *edges[:2])
-    for other in others:
-        other.result()
+    for result in others:
+        result()
+
+
+def _both(first, second):
+    """The results of two functions that do not need each other, side by side where there are threads for it.
+
+    On 1,024 rows two updates on a thread each take less time than one after the other on two: training of CartPole-v1
+    is 15% faster on two cores.
+    """
+    if _ranks is not None or numba.config.NUMBA_NUM_THREADS == 1:  # ranks have to meet in the same order
+        return first(), second()
+    with ThreadPoolExecutor(1) as pool:  # not of _threads, which the two may then wait for
+        result = _begin(pool, second)
+        return first(), result()
 
 
 @functools.cache
@@ -117,7 +134,8 @@ def _openblas():
     return (lambda: 1), (lambda _: None)
 
 
-_blas_lock, _blas_before = threading.Lock(), []  # the threads set before each of the calls in progress
+# before each of the calls in progress, the threads of BLAS; these calls share those of _in_parallel
+_blas_lock, _blas_before = threading.Lock(), []
 
 
 @contextlib.contextmanager
@@ -1997,8 +2015,10 @@ def learn(state, rollout, branches=None, earlier=()):
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
     batch, obs, returns, explained = _targets(state, rollout, branches, earlier, _inverse_std(reward_stats)[0])
     max_kl, adv_power = _max_kl_now(state, batch.adv)
-    theta, info = trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl))
-    phi = fit_value(state.value, state.phi, obs, returns, config)
+    (theta, info), phi = _both(
+        lambda: trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl)),
+        lambda: fit_value(state.value, state.phi, obs, returns, config),
+    )
     if config.normalize_obs:
         obs_stats = update_stats(obs_stats, rollout.raw_obs[real])
     steps = int(real.sum()) + (int(branches.real.sum()) if branches else 0)
