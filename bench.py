@@ -581,7 +581,8 @@ def draw_train():
     )
     for part, colour in zip(("stepping", "rollout", "update", "value", "rest"), COLOURS, strict=True):
         share = np.array([float(r[part]) * 100 for r in rows])
-        ax.barh(labels, share, left=left, color=colour, label=part)
+        label = "what the value fit adds" if part == "value" else part
+        ax.barh(labels, share, left=left, color=colour, label=label)
         left += share
     ax.set(xlabel="% of the time of training", xlim=(0, 100))
     ax.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
@@ -849,7 +850,7 @@ def scale(args):
     for n_rows in sizes:
         policy, theta, batch = gaussian_batch((11, 64, 64, 3), n_rows, np.float64)
         times.append(timed(ours(policy, theta, batch)[1], args.repeats)[0])
-    per_row, fixed = np.polyfit(sizes, times, 1)
+    per_row, fixed = np.polyfit(sizes, times, 1, w=1 / np.array(times))  # by relative errors: all sizes count alike
     print(f"model: {fixed * 1e3:.2f} ms + {per_row * 1e6:.3f} us a row of a rank + what the network takes")
     for name, latency, bandwidth in NETWORKS:
         for n_rows in ROWS:
