@@ -28,7 +28,6 @@ sampling S states of each environment, K actions in each, and branches of L step
 """
 
 import argparse
-import atexit
 import collections
 import contextlib
 import copy
@@ -49,7 +48,7 @@ import time
 import traceback
 import typing
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -85,13 +84,26 @@ def _threads():
     return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1))
 
 
-def _begin(pool, function, *args):
-    """Has a thread of pool begin function(*args); returns what to call for the result."""
+def _run(future, function, *args):
+    """future <- what function(*args) returns or raises, unless future was cancelled."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def _begin(function, *args):
+    """A Future of function(*args), which one of _threads runs; the caller where none takes it: at the end of the
+    process, or where the system grants no more, after which the work is still in their queue."""
+    future = Future()
     try:
-        return pool.submit(function, *args).result
-    except RuntimeError:  # at the end of the process, no thread takes new work
-        result = function(*args)
-        return lambda: result
+        _threads().submit(_run, future, function, *args)
+    except RuntimeError:
+        if future.cancel():
+            future = Future()
+            _run(future, function, *args)
+    return future
 
 
 def _in_parallel(kernel, n, *args):
@@ -100,26 +112,36 @@ def _in_parallel(kernel, n, *args):
     Python's threads, as the kernels release its lock: 20 us a call slower than Numba's parallel=True, whose code takes
     5 s longer to compile and hangs after a fork.
     """
+    if getattr(threading.current_thread(), "unwanted", False):
+        raise RuntimeError("what this thread computes is not wanted any more")
     pieces = max(1, min(n, numba.config.NUMBA_NUM_THREADS // max(1, len(_blas_before))))
     # the larger pieces first: the calling thread is at work 70 us before the others, a tenth of F v on 2,048 rows
     edges = [-(-n * k // pieces) for k in range(pieces + 1)]
-    others = [_begin(_threads(), kernel, *args, *edges[k : k + 2]) for k in range(1, pieces)]
+    others = [_begin(kernel, *args, *edges[k : k + 2]) for k in range(1, pieces)]
     kernel(*args, *edges[:2])
-    for result in others:
-        result()
+    for other in others:
+        other.result()
 
 
 def _both(first, second):
     """The results of two functions that do not need each other, side by side where there are threads for it.
 
     1,024 rows are too few to fill two threads: with one each, the two train CartPole-v1 in a tenth less time than with
-    two each in turn.
+    two each in turn.  An error or an interrupt in first ends second at its next kernel.
     """
     if _ranks is not None or numba.config.NUMBA_NUM_THREADS == 1:  # ranks have to meet in the same order
         return first(), second()
-    with ThreadPoolExecutor(1) as pool:  # one of _threads would wait for others of them, and all might
-        result = _begin(pool, second)
-        return first(), result()
+    future = Future()
+    thread = threading.Thread(target=_run, args=(future, second))  # one of _threads would wait for others of them
+    try:
+        with contextlib.suppress(RuntimeError):  # where no thread can be started, as in _begin
+            thread.start()
+        return first(), future.result() if thread.ident else second()
+    except BaseException:
+        thread.unwanted = True
+        if not future.cancel():  # it runs, or has run
+            wait([future])
+        raise
 
 
 @functools.cache
@@ -134,7 +156,7 @@ def _openblas():
     return (lambda: 1), (lambda _: None)
 
 
-# before each of the calls in progress, the threads of BLAS; these calls share those of _in_parallel
+# the threads of BLAS before each of the calls in progress; so many calls share the threads of _in_parallel
 _blas_lock, _blas_before = threading.Lock(), []
 
 
@@ -239,7 +261,7 @@ class Config(NamedTuple):
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[
-        int, "[0, inf)", "environments stepped together, in each rank; 0: 16 where they step as one, else 4"
+        int, "[0, inf)", "environments stepped together, in each rank; 0: 4, or where they step as one 16 in all"
     ] = 0
     vector: Annotated[
         str, "own sync async", "own: step as one where Gymnasium can; else sync: one by one; async: each in a process"
@@ -1494,9 +1516,13 @@ def _without_infos(env):
     import gymnasium as gym
 
     class WithoutInfos(gym.Wrapper):
+        spec = env.spec
+
         def step(self, action):
-            obs, reward, terminated, truncated, _ = self.env.step(action)
-            return obs, reward, terminated, truncated, {}
+            transition = self.env.step(action)
+            if len(transition) != 5:
+                raise ValueError(f"step must return 5 things, as Gymnasium's do, got {len(transition)} from {self.env}")
+            return *transition[:4], {}
 
     return WithoutInfos(env)
 
@@ -1537,7 +1563,8 @@ def _make_envs(env, config, /, **options):
     as_one = isinstance(env, str) and str(first.spec.vector_entry_point).startswith("gymnasium.")  # as CartPole's
     if config.vector == "own" and as_one and not options and config.sampling != "vine":
         first.close()
-        return gym.make_vec(env, config.num_envs or 16, vectorization_mode="vector_entry_point"), True
+        n_envs = config.num_envs or max(1, 16 // (_ranks.size if _ranks else 1))
+        return gym.make_vec(env, n_envs, vectorization_mode="vector_entry_point"), True
     n_envs = config.num_envs or 4
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
     one = functools.partial(_make_one, env, options, os.getpid())
@@ -1659,7 +1686,7 @@ def _check_restorable(env):
     except Exception as error:  # what a class raises that cannot be copied is its own choice
         why = repr(error)
     if why:
-        raise ValueError(f"vine sampling needs an environment that can be saved and restored, not {env}: {why}")
+        raise ValueError(f"vine sampling needs environments that can be saved and restored, not {env.unwrapped}: {why}")
 
 
 # ============================================================================================================= sampling
@@ -1727,8 +1754,8 @@ def _first_runner(envs, seed):
 
 @jit
 def _running(x, ended, decay, before):
-    """y_t = x_t + decay y_t-1 of each column of x (T, E), and what it goes on from in row T: before (E,) in row 0, 0
-    where an episode has ended."""
+    """y (T, E) with y_t = x_t + decay y_t-1 in each column; y_t-1 is before (E,) in row 0, and 0 after the end of an
+    episode.  Also the before of the rows that follow these."""
     y, before = np.empty_like(x), before.copy()
     for t in range(len(x)):
         for e in range(before.size):
@@ -1768,7 +1795,7 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
     raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
     mu, (noise, actions) = np.empty((n_steps, E, K), theta.dtype), _draw(policy, rng, (n_steps, E), theta.dtype)
     rewards, (terminated, truncated) = np.empty((n_steps, E)), np.empty((2, n_steps, E), bool)
-    real = np.ones((n_steps + 1, E), bool)  # elsewhere no episode is under way, whatever the environment says
+    real = np.ones((n_steps + 1, E), bool)  # False: no episode is under way, whatever the environment says
     real[0] = ~runner.resetting
     step, edges = _actor(policy, theta, obs_stats, E), np.arange(n_saved + 1) * n_steps // max(n_saved, 1)
     save_at = set(rng.integers(edges[:-1], edges[1:]).tolist())  # by chance: episodes may be as long as the stretches
@@ -2846,7 +2873,8 @@ def main(argv=None):
             raise SystemExit(0 if rank else misuse.code) from None  # a code from this rank could end rank 0 too soon
         if "" not in sys.path:
             sys.path.append("")  # module:Name-v0 may be a file here
-        atexit.register(gc.freeze)  # Python's last search for cycles, through all that Numba made, takes 0.14 s
+        if argv is None:
+            gc.freeze()  # at its end the process would search all that it imported for cycles, for 0.1 s
         if mode in ("eval", "plot") and rank:
             return 0
         try:
