@@ -2623,6 +2623,24 @@ def test_no_infos_are_gathered_of_the_environments_of_a_vector(vector):
         assert envs.step(np.zeros((2, 1), np.float32))[4] == {}
 
 
+def test_an_environment_whose_steps_return_four_things_is_refused_in_one_sentence():
+    class Old(Counter):
+        def step(self, action):
+            return super().step(action)[1:]
+
+    with pytest.raises(ValueError, match=r"must return 5 things, .* got 4 from <Old instance>"):
+        tm.train(Old, tm.Config(num_envs=2))
+
+
+@pytest.mark.parametrize(("vector", "sizes"), [("own", [16, 8, 1]), ("sync", [4, 4, 4])])
+def test_environments_that_step_as_one_are_16_in_all_ranks_by_default_and_others_4_in_each(vector, sizes, monkeypatch):
+    for n_ranks, size in zip((1, 2, 20), sizes, strict=True):
+        monkeypatch.setattr(tm, "_ranks", types.SimpleNamespace(size=n_ranks) if n_ranks > 1 else None)
+        envs, _ = tm._make_envs("CartPole-v1", tm.Config(vector=vector))
+        with contextlib.closing(envs):
+            assert envs.num_envs == size
+
+
 class Precise(Counter):
     """With observations in float64, which need no copy to be the policy's."""
 
@@ -2799,6 +2817,26 @@ def test_the_pieces_of_parallel_work_are_all_of_it_once(n, threads):
     assert sorted(done) == [("x", k) for k in range(n)]
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_work_for_which_no_more_threads_are_granted_is_done_once(taken, monkeypatch):
+    """As by ThreadPoolExecutor, which queues the work first: another of its threads may take it, now or later."""
+    queued, done = [], []
+
+    class Full:
+        def submit(self, *work):
+            if taken:
+                work[0](*work[1:])
+            queued.append(work)
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(tm.numba.config, "NUMBA_NUM_THREADS", 4)
+    monkeypatch.setattr(tm, "_threads", Full)
+    tm._in_parallel(lambda first, last: done.extend(range(first, last)), 9)
+    for function, *args in () if taken else queued:
+        function(*args)
+    assert sorted(done) == list(range(9)) and len(queued) == 3
+
+
 FORK = """
 import os, signal, numpy as np, trpo_min as tm
 policy, obs = tm.Policy((3, 8, 2), "gaussian"), np.ones((1000, 3))
@@ -2886,6 +2924,25 @@ def test_two_functions_run_side_by_side_where_there_are_two_threads_and_no_ranks
     for functions in ((lambda: 1 / 0, dict), (dict, lambda: 1 / 0)):
         with pytest.raises(ZeroDivisionError):
             tm._both(*functions)
+
+
+def test_an_interrupt_of_a_function_ends_the_one_beside_it_at_its_next_kernel(monkeypatch):
+    begun, finished = threading.Event(), []
+
+    def first():
+        begun.wait(60)
+        raise KeyboardInterrupt
+
+    def second():
+        for _ in range(2000):
+            tm._in_parallel(lambda *_: time.sleep(0.001), 1)
+            begun.set()
+        finished.append(True)
+
+    monkeypatch.setattr(tm.numba.config, "NUMBA_NUM_THREADS", 2)
+    with pytest.raises(KeyboardInterrupt):
+        tm._both(first, second)
+    assert not finished
 
 
 KERNELS = """
