@@ -1565,9 +1565,8 @@ def _make_envs(env, config, /, **options):
         first.close()
         n_envs = config.num_envs or max(1, 16 // (_ranks.size if _ranks else 1))
         return gym.make_vec(env, n_envs, vectorization_mode="vector_entry_point"), True
-    n_envs = config.num_envs or 4
+    n_envs, one = config.num_envs or 4, functools.partial(_make_one, env, options, os.getpid())
     # DISABLED: with SAME_STEP, the last observation of an environment that reuses its buffer is lost to the reset
-    one = functools.partial(_make_one, env, options, os.getpid())
     if config.vector == "async":
         if first is env:
             raise ValueError(f"vector='async' needs an id, or a callable to call in other processes, got {env}")
@@ -1780,7 +1779,8 @@ def _check_rewards(rewards):
 def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n_saved=0):
     """n_steps of every environment under theta, from where runner stands (None: resets them): (Rollout, Runner).
 
-    The rows are those of a serial loop in each environment, whatever the autoreset mode.  obs_stats stays as it is.
+    The rows are those of a serial loop in each environment, whatever the autoreset mode, but for the last observations
+    of environments that reuse an array, in SAME_STEP.  obs_stats stays as it is.
     The environments are saved, for branch, before n_saved of the steps, one in each of so many equal stretches.
     Raises ValueError where an observation or a reward is not finite.
     """
