@@ -521,8 +521,9 @@ def train(args):
             config = tm.Config(total_steps=steps, stop_when_solved=False, dtype=dtype)
             ratios, shares = [], []
             for seed in range(1 + args.repeats):  # the first to compile
-                made_here = tm._make_envs(env, config._replace(num_envs=n, vector="sync"))[0]
-                envs, seconds = Recorder(made_here if make is sync else make(env, n)), {}
+                one_by_one = config._replace(num_envs=n, vector="sync")
+                envs = tm._make_envs(env, one_by_one)[0] if make is sync else make(env, n)
+                envs, seconds = Recorder(envs), {}
                 with clocked(seconds, "collect", "trpo_update", "_both"):
                     start = time.perf_counter()
                     state = tm.train(envs, config, seed=seed)

@@ -2926,6 +2926,15 @@ def test_two_functions_run_side_by_side_where_there_are_two_threads_and_no_ranks
             tm._both(*functions)
 
 
+def test_two_functions_run_in_turn_where_no_more_threads_are_granted(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(tm.numba.config, "NUMBA_NUM_THREADS", 2)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert tm._both(lambda: 1, lambda: 2) == (1, 2)
+
+
 def test_an_interrupt_of_a_function_ends_the_one_beside_it_at_its_next_kernel(monkeypatch):
     begun, finished = threading.Event(), []
 
@@ -3633,6 +3642,30 @@ def test_a_run_from_the_shell_says_what_it_does_and_saves_it(tmp_path):
     quiet = shell(tmp_path, "--env", "CartPole-v1", "--total-steps", "16", "--quiet")
     assert quiet.returncode == 0
     assert len(quiet.stdout.splitlines()) == 1 and "no episode ended, after 16 steps" in quiet.stdout
+
+
+LOGGING = """
+import gymnasium as gym
+from gymnasium.envs.classic_control import PendulumEnv
+
+class Logging(PendulumEnv):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.cycle, self.log = self.step, open(f"log{id(self)}", "w")
+
+    def step(self, action):
+        self.log.write("x")
+        return super().step(action)
+
+gym.register("Logging-v0", Logging, max_episode_steps=200)
+"""
+
+
+def test_what_an_environment_in_a_reference_cycle_has_not_written_yet_is_written_at_the_end(tmp_path):
+    (tmp_path / "logging_env.py").write_text(LOGGING)
+    result = shell(tmp_path, "--env", "logging_env:Logging-v0", "--total-steps", "200", "--hidden", "8")
+    assert result.returncode == 0, result.stderr
+    assert sum(len(log.read_text()) for log in tmp_path.glob("log*[0-9]")) == 200
 
 
 def test_a_run_that_vine_refuses_leaves_no_folder(tmp_path):

@@ -84,7 +84,7 @@ def _threads():
     return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1))
 
 
-def _run(future, function, *args):
+def _fulfil(future, function, *args):
     """future <- what function(*args) returns or raises, unless future was cancelled."""
     if future.set_running_or_notify_cancel():
         try:
@@ -94,15 +94,15 @@ def _run(future, function, *args):
 
 
 def _begin(function, *args):
-    """A Future of function(*args), which one of _threads runs; the caller where none takes it: at the end of the
-    process, or where the system grants no more, after which the work is still in their queue."""
+    """A Future of function(*args), which one of _threads runs; or the caller, at the end of the process or where the
+    system grants no more threads."""
     future = Future()
     try:
-        _threads().submit(_run, future, function, *args)
+        _threads().submit(_fulfil, future, function, *args)
     except RuntimeError:
-        if future.cancel():
+        if future.cancel():  # it may be queued even so: whoever is first does it, and nobody else
             future = Future()
-            _run(future, function, *args)
+            _fulfil(future, function, *args)
     return future
 
 
@@ -132,7 +132,7 @@ def _both(first, second):
     if _ranks is not None or numba.config.NUMBA_NUM_THREADS == 1:  # ranks have to meet in the same order
         return first(), second()
     future = Future()
-    thread = threading.Thread(target=_run, args=(future, second))  # one of _threads would wait for others of them
+    thread = threading.Thread(target=_fulfil, args=(future, second))  # one of _threads would wait for others of them
     try:
         with contextlib.suppress(RuntimeError):  # where no thread can be started, as in _begin
             thread.start()
@@ -261,7 +261,7 @@ class Config(NamedTuple):
     total_steps: Annotated[int, "[1, inf)", "environment steps to train for"] = 1_000_000
     stop_when_solved: Annotated[bool, "", "stop at the environment's reward threshold (mean of 100 episodes)"] = True
     num_envs: Annotated[
-        int, "[0, inf)", "environments stepped together, in each rank; 0: 4, or where they step as one 16 in all"
+        int, "[0, inf)", "environments stepped together in each rank; 0: 4, or 16 over all ranks where they step as one"
     ] = 0
     vector: Annotated[
         str, "own sync async", "own: step as one where Gymnasium can; else sync: one by one; async: each in a process"
