@@ -750,8 +750,9 @@ def _tanh_inplace(z):
     """tanh(x) for every entry: Lambert's fraction at y = x/16, then tanh 2y = 2 tanh y / (1 + tanh^2 y) four times.
 
     tanh y ~ num/den = y (945 + 105 y^2 + y^4) / (945 + 420 y^2 + 15 y^4); doubling num and den apart needs one
-    division.  Relative error below 6 eps, or 8 near the least normal number.  Never beyond 1, as no slope 1 - h^2 is
-    negative; from 20 on 1, so that it is 0.  It vectorizes: 6 times libm's speed.
+    division.  Relative error below 6 eps, or 8 near the least normal number.  Never beyond 1, where the slope 1 - h^2
+    would be negative, and exactly 1 from 20 on, where huge observations multiply it.  It vectorizes: 6 times libm's
+    speed.
     """
     cast = z.dtype.type
     limit, scale, one, two = cast(20), cast(1 / 16), cast(1), cast(2)
@@ -1025,9 +1026,9 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
     """E5: solve A x = b by conjugate gradients from x = 0, for a symmetric positive definite matvec(p) = A p.
 
     Stops at a residual |b - A x| <= max(tol, eps) |b|, or after max_iter iterations, or, with x as it was before that
-    iteration, at a direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in none.  The
-    residual is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is; matvec has to
-    leave p as it is.  Up to twenty residuals are kept.
+    iteration, at a direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in no
+    iterations.  The residual is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is;
+    matvec has to leave p as it is.  Up to twenty residuals are kept.
     Source: Hestenes and Stiefel 1952.
     """
     b = _finite("b", b, (None,))
