@@ -971,7 +971,7 @@ def _jtu(theta, v, sizes, acts, jac, m, nvec, u):
     Rows are added up in chunks, whose number is set by the sizes and not by the threads, so that the bits never change,
     and is small enough for their sums (chunks, P) to take no more memory than acts, or than one of them.
     """
-    n_chunks = max(1, min(_n_blocks(acts.size // sizes.sum()), 64, acts.size // theta.size))
+    n_chunks = max(1, min(_n_blocks(len(u)), 64, acts.size // theta.size))
     partial = np.empty((n_chunks, theta.size), theta.dtype)
     _in_parallel(_jtu_chunks, n_chunks, theta, v, sizes, acts, jac, m, nvec, u, partial)
     return partial.sum(axis=0)
