@@ -1874,7 +1874,7 @@ def test_advantages_are_those_of_a_serial_loop_with_each_rows_own_next_observati
     state = state._replace(phi=np.array([0.7, -0.3, 0.1]))
     V = lambda obs: tm.normalize(state.obs_stats, np.asarray(obs, float)[None])[0] @ state.phi[:2] + 0.1  # noqa: E731
     rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, rng, n_steps)
-    adv, returns = tm._advantages(state, rollout, rollout.rewards)
+    adv, returns = tm._advantages(state, [rollout])[0]
     gamma, lam = state.config.gamma, state.config.lam
     for e in range(E):
         at = np.flatnonzero(rollout.real[:, e])
@@ -2028,7 +2028,7 @@ def test_one_iteration_scales_rewards_fits_the_value_function_and_reports_what_i
     rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 100)
     after, info, explained = tm.learn(state, rollout)
     scale = 1 / np.sqrt(rollout.discounted.var() + 1e-8) if normalize_reward else 1.0
-    adv, returns = tm._advantages(state, rollout, rollout.rewards * scale)
+    adv, returns = tm._advantages(state, [rollout], scale)[0]
     assert isclose(explained, 1 - adv.var() / returns.var(), rtol=1e-9)
     obs = rollout.obs.reshape(200, 2)
     before, fitted = (tm.forward(state.value, phi, obs)[:, 0] for phi in (state.phi, after.phi))
@@ -2217,7 +2217,7 @@ def repeated_q(mdp, theta, config, n, seed):
     now, rng = (envs, state.policy, theta, state.obs_stats), np.random.default_rng(seed)
     rollout, _ = tm.collect(*now, runner, rng, 2, 0.9, 1)
     branches = tm.branch(*now, rollout._replace(saved=rollout.saved * n), rng, config)
-    q = tm._advantages(state, branches, branches.rewards)[1][0].reshape(n, -1)
+    q = tm._advantages(state, [branches])[0][1][0].reshape(n, -1)
     return q, rollout.raw_obs[rollout.saved[0][0], 0].argmax(), branches.actions[0, :, 0].reshape(n, -1)
 
 
@@ -2270,7 +2270,7 @@ def test_common_random_numbers_lower_the_variance_of_q_differences_on_cartpole()
     now, rng, n = (envs, state.policy, state.theta, state.obs_stats), np.random.default_rng(0), 100
     rollout, _ = tm.collect(*now, runner, rng, 40, 0.995, 4)
     branches = tm.branch(*now, rollout._replace(saved=rollout.saved * n), rng, state.config)
-    q = tm._advantages(state, branches, branches.rewards)[1][0].reshape(n, 4, 2)
+    q = tm._advantages(state, [branches])[0][1][0].reshape(n, 4, 2)
     common, apart = q[:, :, 1] - q[:, :, 0], q[1:, :, 1] - q[:-1, :, 0]
     assert common.var(axis=0).mean() < 0.8 * apart.var(axis=0).mean()
 
@@ -2552,7 +2552,7 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     branches = tm.branch(*now, rollout, rng, state.config)
     after, info, _ = tm.learn(state, rollout, branches, [first])
     scale = 1 / np.sqrt(rollout.discounted.var() + 1e-8)
-    q = tm._advantages(state, branches, branches.rewards * scale)[1]
+    q = tm._advantages(state, [branches], scale)[0][1]
     K, mu, actions = (3 if action_space else 4), branches.mu[0], branches.actions[0]
     pi = scipy.special.softmax(mu, axis=1)[np.arange(len(mu)), actions[:, 0]] if action_space else 1 / K
     V = np.repeat((pi * q[0]).reshape(-1, K).sum(axis=1), K)
@@ -2564,7 +2564,7 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     later = branches.real[1:]
     rows = [(branches.obs[1:][later], q[1:][later])]  # and of each rollout every second
     for each in (first, rollout):
-        returns = tm._advantages(state, each, each.rewards * scale)[1]
+        returns = tm._advantages(state, [each], scale)[0][1]
         both = np.concatenate([*each.obs.swapaxes(0, 1)]), np.concatenate([*returns.T])
         rows.insert(0, [x[int(each is first) :: 2] for x in both])
     obs, returns = (np.concatenate(parts) for parts in zip(*rows, strict=True))

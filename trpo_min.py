@@ -1077,7 +1077,7 @@ def _mean_damped(sums, n_rows, v, sizes, damping):
     As one compiled call, and not nine of NumPy, it makes an update on 1,024 rows take 3% less time, and where the value
     function is fitted beside it 5% less, as each of the nine may have to wait for Python's lock.
     """
-    out, n_weights = np.zeros_like(v), 0
+    out, n_weights, n_rows, damping = np.zeros_like(v), 0, v.dtype.type(n_rows), v.dtype.type(damping)
     for layer in range(sizes.size - 1):
         n_weights += (sizes[layer] + 1) * sizes[layer + 1]
     for chunk in range(len(sums)):
@@ -1086,7 +1086,7 @@ def _mean_damped(sums, n_rows, v, sizes, damping):
     for k in range(n_weights):
         out[k] = out[k] / n_rows + damping * v[k]
     for k in range(n_weights, v.size):
-        out[k] = (2 + damping) * v[k]
+        out[k] = v[k] + v[k] + damping * v[k]
     return out
 
 
@@ -1226,8 +1226,10 @@ def _fisher(policy, acts, mu):
 # ========================================================================================== E1 to E7: the policy update
 def _weighted_ratio(policy, mu, batch):
     """w_n pi(a_n|s_n) / pi_old(a_n|s_n) (N,), E1; in groups, divided by the mean over the group, E10."""
-    ratio = np.exp(log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions))
-    ratio = batch.weights * ratio
+    log_ratio = np.zeros(len(mu), mu.dtype)
+    if mu is not batch.mu_old:  # as it is in E3 and for L(old): without, an update on CartPole-v1 takes 7% more time
+        log_ratio = log_prob(policy, mu, batch.actions) - log_prob(policy, batch.mu_old, batch.actions)
+    ratio = batch.weights * np.exp(log_ratio)
     return ratio / _group_mean(ratio, batch.group) if batch.group > 1 else ratio
 
 
@@ -2038,20 +2040,23 @@ def _centre(adv, weights=1.0, group=None):
     return np.where(np.repeat(np.abs(centred).reshape(-1, group).max(axis=1) > noise, group), centred, 0)
 
 
-def _advantages(state, rollout, rewards):
-    """gae of a rollout: values of all rows at once, then of what followed the last row and each truncated one."""
-    T, E, D = rollout.obs.shape
-
-    def V(obs):
-        return forward(state.value, state.phi, obs)[:, 0]
-
-    values = V(rollout.obs.reshape(T * E, D)).reshape(T, E)
-    after = V(normalize(state.obs_stats, np.stack([*rollout.last_obs, *rollout.final_obs]), values.dtype))
-    next_values = np.concatenate([values[1:], after[None, :E]])
-    for (t, e), final_value in zip(rollout.final_at, after[E:], strict=True):
-        next_values[t, e] = final_value
-    config = state.config
-    return gae(rewards, values, next_values, rollout.terminated, rollout.truncated, config.gamma, config.lam)
+def _advantages(state, rollouts, scale=1.0):
+    """gae of each rollout, rewards times scale: values of all rows at once, and of what followed the last row and each
+    truncated one."""
+    config, D, n = state.config, state.value.sizes[0], len(rollouts)
+    rows = [each.obs.reshape(-1, D) for each in rollouts]
+    for each in rollouts:
+        rows.append(normalize(state.obs_stats, np.stack([*each.last_obs, *each.final_obs]), each.obs.dtype))
+    values = forward(state.value, state.phi, np.concatenate(rows))[:, 0]
+    values, results = np.split(values, np.cumsum([len(x) for x in rows[:-1]])), []
+    for each, V, after in zip(rollouts, values[:n], values[n:], strict=True):
+        V = V.reshape(each.rewards.shape)
+        next_values = np.concatenate([V[1:], after[None, : V.shape[1]]])
+        for (t, e), final_value in zip(each.final_at, after[V.shape[1] :], strict=True):
+            next_values[t, e] = final_value
+        ended = each.terminated, each.truncated
+        results.append(gae(each.rewards * scale, V, next_values, *ended, config.gamma, config.lam))
+    return results
 
 
 def _vine_batch(policy, config, branches, adv):
@@ -2075,19 +2080,21 @@ def _targets(state, rollout, branches, earlier, scale):
     rollout on each row once in n updates.  Earlier rollouts are normalised and valued as of now; that they are of
     earlier policies goes uncorrected.
     """
-    adv, returns = _advantages(state, rollout, rollout.rewards * scale)
-    adv, obs, actions, mu, returns = _real_rows(rollout, adv, rollout.obs, rollout.actions, rollout.mu, returns)
-    variance, rows = _variance(returns), [(obs, returns)]
-    explained = float(1 - _variance(adv) / variance) if variance > 0 else 0.0
+    rollouts = [rollout]
     for each in reversed(earlier):
-        flat = each.raw_obs.reshape(-1, each.raw_obs.shape[-1])
-        each = each._replace(obs=normalize(state.obs_stats, flat, obs.dtype).reshape(each.obs.shape))
-        rows.append(_real_rows(each, each.obs, _advantages(state, each, each.rewards * scale)[1]))
+        obs = normalize(state.obs_stats, each.raw_obs.reshape(-1, each.raw_obs.shape[-1]), rollout.obs.dtype)
+        rollouts.append(each._replace(obs=obs.reshape(each.obs.shape)))
+    results = _advantages(state, [*rollouts, branches] if branches else rollouts, scale)
+    adv, actions, mu = _real_rows(rollout, results[0][0], rollout.actions, rollout.mu)
+    rows = [_real_rows(each, each.obs, returns) for each, (_, returns) in zip(rollouts, results, strict=False)]
+    obs, returns = rows[0]
+    variance = _variance(returns)
+    explained = float(1 - _variance(adv) / variance) if variance > 0 else 0.0
     rows = [[x[age :: len(rows)] for x in each] for age, each in enumerate(rows)]  # so the newest has a row always
     if branches is None:
         batch = Batch(obs, actions, _centre(adv), mu)
     else:
-        branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
+        branch_adv, branch_returns = results[-1]
         batch, later = _vine_batch(state.policy, state.config, branches, branch_adv), branches.real[1:]
         rows.append((branches.obs[1:][later], branch_returns[1:][later]))
     return batch, *(np.concatenate(parts) for parts in zip(*rows, strict=True)), explained
