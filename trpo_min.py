@@ -1528,27 +1528,35 @@ def _value_network(policy):
 
 
 @functools.lru_cache
-def _action_range(policy):
-    """Middle and half of the range of the actions (A,), 0 and 1 where that is infinite or half of it 1e6 or more; its
-    ends."""
+def _action_map(policy):
+    """middle, half, low, high (4, A) of _env_actions: middle and half of the range of each action, 0 and 1 where that
+    is infinite or half of it 1e6 or more; its ends.  Of choices the middle is start."""
     low, high = np.array(policy.low or -np.inf), np.array(policy.high or np.inf)
-    bounded = high / 2 - low / 2 < 1e6
-    with np.errstate(invalid="ignore"):  # inf - inf, where it is not bounded
-        return np.where(bounded, low / 2 + high / 2, 0.0), np.where(bounded, high / 2 - low / 2, 1.0), low, high
+    half, each = high / 2 - low / 2, np.empty(len(policy.nvec) or policy.sizes[-1])
+    with np.errstate(invalid="ignore"):  # inf - inf
+        middle = np.where(half < 1e6, low / 2 + high / 2, policy.start or 0)
+    return np.stack(np.broadcast_arrays(middle, np.where(half < 1e6, half, 1), low, high, each)[:4])
+
+
+@jit
+def _map_rows(actions, middle, half, low, high, whole, out):
+    for i in range(actions.shape[0]):
+        for k in range(actions.shape[1]):
+            x = min(max(middle[k] + half[k] * actions[i, k], low[k]), high[k])
+            out[i, k] = np.rint(x) if whole else x
 
 
 def _env_actions(policy, actions):
-    """The environment's copy of actions (N, A).  A Gaussian's count in halves of the range, from its middle, so that
-    all ranges are learned alike, and are clipped to the bounds; choices are counted from start.  Shape and dtype are
-    those of the space.  What is learned from stays as it was sampled."""
-    if policy.head == "gaussian":
-        middle, half, low, high = _action_range(policy)
-        actions = np.clip(middle + half * actions, low, high)
-        actions = np.rint(actions) if policy.action_dtype.startswith(("int", "uint", "bool")) else actions
-    else:
-        actions = actions + np.array(policy.start or 0)
+    """The environment's copy of actions (N, A): clip(middle + half * action, low, high), rounded where it wants whole
+    numbers, in its shape and dtype.  A Gaussian's so count in halves of the range, from its middle, and all ranges are
+    learned alike; choices are counted from start.  What is learned from stays as it was sampled.
+
+    Compiled, as eight NumPy calls a step were 2% of training on HalfCheetah-v5.
+    """
     shape = actions.shape[1:] if policy.action_shape is None else policy.action_shape
-    return actions.reshape(-1, *shape).astype(policy.action_dtype)
+    out = np.empty((len(actions), *shape), policy.action_dtype)
+    _map_rows(actions, *_action_map(policy), out.dtype.kind != "f", out.reshape(actions.shape))
+    return out
 
 
 def act(policy, theta, obs, obs_stats=None, rng=None):
@@ -1568,11 +1576,12 @@ def act(policy, theta, obs, obs_stats=None, rng=None):
 
 
 def flatten_obs(space, obs, n):
-    """n observations of a Gymnasium space, batched as its vector environments batch them, as float64 (n, D)."""
+    """n observations of a Gymnasium space, batched as its vector environments batch them, as float64 (n, D): a view
+    where it can be."""
     from gymnasium import spaces, vector
 
     if isinstance(space, spaces.Box):
-        return np.array(obs, np.float64).reshape(n, -1)  # a copy: obs may be a buffer that the next step fills
+        return np.asarray(obs, np.float64).reshape(n, -1)
     rows = vector.utils.iterate(vector.utils.batch_space(space, n), obs)
     return np.stack([spaces.flatten(space, row) for row in rows]).astype(np.float64)
 
@@ -1831,7 +1840,7 @@ def _actor(policy, theta, obs_stats, n_rows):
 def _first_runner(envs, seed):
     n, zeros = envs.num_envs, np.zeros(envs.num_envs)
     obs, _ = envs.reset(seed=seed)
-    return Runner(flatten_obs(envs.single_observation_space, obs, n), np.zeros(n, bool), zeros, zeros, zeros)
+    return Runner(flatten_obs(envs.single_observation_space, obs, n).copy(), np.zeros(n, bool), zeros, zeros, zeros)
 
 
 @jit
@@ -1875,33 +1884,33 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
     _check_number("n_saved", n_saved, int, f"[0, {n_steps}]")
     mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
     E, D, K, space = envs.num_envs, policy.sizes[0], n_outputs(policy), envs.single_observation_space
-    raw_obs, obs = np.empty((n_steps, E, D)), np.empty((n_steps, E, D), theta.dtype)
+    raw_obs, obs = np.empty((n_steps + 1, E, D)), np.empty((n_steps, E, D), theta.dtype)
     mu, (noise, actions) = np.empty((n_steps, E, K), theta.dtype), _draw(policy, rng, (n_steps, E), theta.dtype)
     rewards, (terminated, truncated) = np.empty((n_steps, E)), np.empty((2, n_steps, E), bool)
     real = np.ones((n_steps + 1, E), bool)  # False: no episode is under way, whatever the environment says
     real[0] = ~runner.resetting
     step, edges = _actor(policy, theta, obs_stats, E), np.arange(n_saved + 1) * n_steps // max(n_saved, 1)
     save_at = set(rng.integers(edges[:-1], edges[1:]).tolist())  # by chance: episodes may be as long as the stretches
-    current, final_at, final_obs, saved = runner.obs, [], [], []
+    raw_obs[0], final_at, final_obs, saved = runner.obs, [], [], []
     for t in range(n_steps):
         if t in save_at:
             saved.append((t, [save_env(env) for env in envs.envs]))
-        raw_obs[t] = current
         step(raw_obs[t], noise[t], obs[t], mu[t], actions[t])
-        current, rewards[t], terminated[t], truncated[t], infos = envs.step(_env_actions(policy, actions[t]))
-        current = flatten_obs(space, current, E)
+        seen, rewards[t], terminated[t], truncated[t], infos = envs.step(_env_actions(policy, actions[t]))
+        raw_obs[t + 1] = flatten_obs(space, seen, E)
         ended = (terminated[t] | truncated[t]) & real[t]
         if ended.any():
             for e in np.flatnonzero(ended & ~terminated[t]):
                 same_step = mode == AutoresetMode.SAME_STEP
                 final_at.append((t, e))
-                final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else current[e].copy())
+                final_obs.append(flatten(space, infos["final_obs"][e]) if same_step else raw_obs[t + 1, e].copy())
                 _check_observed(np.isfinite(final_obs[-1]).all(), final_obs[-1])
             if mode == AutoresetMode.NEXT_STEP:
                 real[t + 1] = ~ended
             elif mode == AutoresetMode.DISABLED:
-                current = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
-    _check_observed(np.isfinite(current).all(), current)
+                raw_obs[t + 1] = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
+    raw_obs, last_obs = raw_obs[:n_steps], raw_obs[n_steps].copy()
+    _check_observed(np.isfinite(last_obs).all(), last_obs)
     resetting, real = ~real[n_steps], real[:n_steps]
     terminated, truncated, rewards[~real] = terminated & real, truncated & real, 0
     _check_rewards(rewards)
@@ -1910,9 +1919,9 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
     returns, episode_return = _running(rewards, ended, 1.0, runner.episode_return)
     lengths, episode_length = _running(real.astype(float), ended, 1.0, runner.episode_length)
     episodes = list(zip(returns[ended].tolist(), lengths[ended].astype(int).tolist(), strict=True))
-    ends = current, final_at, final_obs, episodes, saved
+    ends = last_obs, final_at, final_obs, episodes, saved
     rollout = Rollout(raw_obs, obs, mu, actions, rewards, terminated, truncated, real, discounted, *ends)
-    return rollout, Runner(current, resetting, episode_return, episode_length, running)
+    return rollout, Runner(last_obs, resetting, episode_return, episode_length, running)
 
 
 # =================================================================================================== E10: vine sampling
