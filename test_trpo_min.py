@@ -590,6 +590,23 @@ def test_cg_leaves_b_as_it_is_and_scales_with_it(seed, n, exponent):
     assert allclose(scaled, x * factor, rtol=1e-12, atol=0)
 
 
+@given(seeds, st.integers(1, 30))
+def test_cg_gives_matvec_vectors_that_it_may_keep_and_change(seed, n):
+    rng = np.random.default_rng(seed)
+    A, b, kept = spd(rng, n, 2), rng.normal(size=n), []
+
+    def careless(p):
+        kept.append(p)
+        Ap = A @ p
+        p[:] = np.nan
+        Ap.flags.writeable = False
+        return Ap
+
+    assert (tm.cg(careless, b).x == tm.cg(lambda p: A @ p, b).x).all()
+    assert len({p.ctypes.data for p in kept}) == len(kept)
+    assert allclose(tm.cg(lambda p: p, b).x, b, rtol=4 * EPS)
+
+
 def test_cg_of_zero_is_zero_in_no_iterations():
     result = tm.cg(lambda p: 1 / 0, np.zeros(5))
     assert (result.x == 0).all()

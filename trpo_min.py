@@ -1840,7 +1840,7 @@ def _actor(policy, theta, obs_stats, n_rows):
 def _first_runner(envs, seed):
     n, zeros = envs.num_envs, np.zeros(envs.num_envs)
     obs, _ = envs.reset(seed=seed)
-    return Runner(flatten_obs(envs.single_observation_space, obs, n).copy(), np.zeros(n, bool), zeros, zeros, zeros)
+    return Runner(flatten_obs(envs.single_observation_space, obs, n), np.zeros(n, bool), zeros, zeros, zeros)
 
 
 @jit
@@ -1909,7 +1909,7 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
                 real[t + 1] = ~ended
             elif mode == AutoresetMode.DISABLED:
                 raw_obs[t + 1] = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
-    raw_obs, last_obs = raw_obs[:n_steps], raw_obs[n_steps].copy()
+    raw_obs, last_obs = raw_obs[:n_steps], raw_obs[n_steps]
     _check_observed(np.isfinite(last_obs).all(), last_obs)
     resetting, real = ~real[n_steps], real[:n_steps]
     terminated, truncated, rewards[~real] = terminated & real, truncated & real, 0
