@@ -954,8 +954,9 @@ def _jac(theta, sizes, acts, n_fvp):
     """jac for acts; empty where there are less than two hidden layers, or n_fvp times F v would not repay it.
 
     It takes a product for each output once, and spares every F v two of the four between hidden layers.  At ten times
-    F v an update of up to four outputs is 1.1 to 1.4 times as fast.  Solves that may take more seldom do.  Where G has
-    more than eight rows for each of acts it leaves the caches: three outputs, 32 layers of 64 took 1.5 times as long.
+    F v a value fit is 1.2 to 1.3 times as fast, an update of two or three outputs 1.0 to 1.2 times; of six it would be
+    slower.  Solves that may take more seldom do.  Where G has more than eight rows for each of acts it leaves the
+    caches: three outputs, 32 layers of 64 took 1.5 times as long.
     """
     n_rows, K = acts.size // sizes.sum(), sizes[-1]
     pays = min(n_fvp, 10) > 2 * K and K * (sizes.size - 3) <= 8
