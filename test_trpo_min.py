@@ -295,6 +295,12 @@ def test_actions_count_in_halves_of_their_range_from_its_middle_and_as_they_are_
     assert (sent[1:] == [action, max(action, low), min(action, low), action]).all()
 
 
+def test_whole_actions_are_the_nearest_to_those_asked_for():
+    policy = tm.make_policy(spaces.Box(-1, 1, (3,)), spaces.Box(-10, 10, (4,), np.int32), (4,))
+    sent = tm._env_actions(policy, np.array([[-0.26, 0.14, 0.16, 3.0]]))[0]
+    assert sent.dtype == np.int32 and sent.tolist() == [-3, 1, 2, 10]
+
+
 def test_tanh_has_six_eps_of_relative_error_or_eight_near_the_least_normal_number_and_is_odd_and_passes_nan_on():
     x = np.concatenate([np.logspace(-307.6, 2.5, 20001), np.linspace(0, 25, 20001), [np.inf]])[None]
     ours, exact = x.copy(), np.tanh(x.astype(np.longdouble))
@@ -605,6 +611,11 @@ def test_cg_gives_matvec_vectors_that_it_may_keep_and_change(seed, n):
     assert (tm.cg(careless, b).x == tm.cg(lambda p: A @ p, b).x).all()
     assert len({p.ctypes.data for p in kept}) == len(kept)
     assert allclose(tm.cg(lambda p: p, b).x, b, rtol=4 * EPS)
+
+
+def test_cg_takes_no_step_that_its_dtype_cannot_hold():
+    result = tm.cg(lambda p: p * np.float32(1e-39), np.ones(12, np.float32))
+    assert (result.status, result.n_iter) == ("not finite", 0) and (result.x == 0).all()
 
 
 def test_cg_of_zero_is_zero_in_no_iterations():
@@ -1891,7 +1902,7 @@ def test_advantages_are_those_of_a_serial_loop_with_each_rows_own_next_observati
     state = state._replace(phi=np.array([0.7, -0.3, 0.1]))
     V = lambda obs: tm.normalize(state.obs_stats, np.asarray(obs, float)[None])[0] @ state.phi[:2] + 0.1  # noqa: E731
     rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, rng, n_steps)
-    adv, returns = tm._advantages(state, [rollout])[0]
+    adv, returns = tm._advantages(state, rollout, rollout.rewards)
     gamma, lam = state.config.gamma, state.config.lam
     for e in range(E):
         at = np.flatnonzero(rollout.real[:, e])
@@ -2045,7 +2056,7 @@ def test_one_iteration_scales_rewards_fits_the_value_function_and_reports_what_i
     rollout, _ = tm.collect(envs, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 100)
     after, info, explained = tm.learn(state, rollout)
     scale = 1 / np.sqrt(rollout.discounted.var() + 1e-8) if normalize_reward else 1.0
-    adv, returns = tm._advantages(state, [rollout], scale)[0]
+    adv, returns = tm._advantages(state, rollout, rollout.rewards * scale)
     assert isclose(explained, 1 - adv.var() / returns.var(), rtol=1e-9)
     obs = rollout.obs.reshape(200, 2)
     before, fitted = (tm.forward(state.value, phi, obs)[:, 0] for phi in (state.phi, after.phi))
@@ -2234,7 +2245,7 @@ def repeated_q(mdp, theta, config, n, seed):
     now, rng = (envs, state.policy, theta, state.obs_stats), np.random.default_rng(seed)
     rollout, _ = tm.collect(*now, runner, rng, 2, 0.9, 1)
     branches = tm.branch(*now, rollout._replace(saved=rollout.saved * n), rng, config)
-    q = tm._advantages(state, [branches])[0][1][0].reshape(n, -1)
+    q = tm._advantages(state, branches, branches.rewards)[1][0].reshape(n, -1)
     return q, rollout.raw_obs[rollout.saved[0][0], 0].argmax(), branches.actions[0, :, 0].reshape(n, -1)
 
 
@@ -2287,7 +2298,7 @@ def test_common_random_numbers_lower_the_variance_of_q_differences_on_cartpole()
     now, rng, n = (envs, state.policy, state.theta, state.obs_stats), np.random.default_rng(0), 100
     rollout, _ = tm.collect(*now, runner, rng, 40, 0.995, 4)
     branches = tm.branch(*now, rollout._replace(saved=rollout.saved * n), rng, state.config)
-    q = tm._advantages(state, [branches])[0][1][0].reshape(n, 4, 2)
+    q = tm._advantages(state, branches, branches.rewards)[1][0].reshape(n, 4, 2)
     common, apart = q[:, :, 1] - q[:, :, 0], q[1:, :, 1] - q[:-1, :, 0]
     assert common.var(axis=0).mean() < 0.8 * apart.var(axis=0).mean()
 
@@ -2569,7 +2580,7 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     branches = tm.branch(*now, rollout, rng, state.config)
     after, info, _ = tm.learn(state, rollout, branches, [first])
     scale = 1 / np.sqrt(rollout.discounted.var() + 1e-8)
-    q = tm._advantages(state, [branches], scale)[0][1]
+    q = tm._advantages(state, branches, branches.rewards * scale)[1]
     K, mu, actions = (3 if action_space else 4), branches.mu[0], branches.actions[0]
     pi = scipy.special.softmax(mu, axis=1)[np.arange(len(mu)), actions[:, 0]] if action_space else 1 / K
     V = np.repeat((pi * q[0]).reshape(-1, K).sum(axis=1), K)
@@ -2581,7 +2592,7 @@ def test_with_branches_the_policy_learns_from_their_first_steps_and_the_value_fu
     later = branches.real[1:]
     rows = [(branches.obs[1:][later], q[1:][later])]  # and of each rollout every second
     for each in (first, rollout):
-        returns = tm._advantages(state, [each], scale)[0][1]
+        returns = tm._advantages(state, each, each.rewards * scale)[1]
         both = np.concatenate([*each.obs.swapaxes(0, 1)]), np.concatenate([*returns.T])
         rows.insert(0, [x[int(each is first) :: 2] for x in both])
     obs, returns = (np.concatenate(parts) for parts in zip(*rows, strict=True))
@@ -3507,6 +3518,22 @@ def test_advantages_that_overflow_with_their_weights_or_all_but_vanish_are_refus
     batch = make_batch(case)
     with pytest.raises(ValueError, match="weights times adv must be of a size"):
         tm.trpo_update(case.policy, case.theta, batch._replace(weights=weights, adv=batch.adv * size))
+
+
+def test_an_infinite_gradient_is_not_finite_and_theta_is_kept():
+    case = fixed_case("gaussian")
+    batch = make_batch(case)
+    batch.actions[0] = 1e200
+    theta, info = tm.trpo_update(case.policy, case.theta, batch)
+    assert (theta == case.theta).all() and not info.accepted
+    assert "not finite" in info.reason and info.cg_status == "not finite"
+
+
+def test_a_runner_is_of_the_same_environments():
+    one, three = counters(1, AutoresetMode.NEXT_STEP), counters(3, AutoresetMode.NEXT_STEP)
+    state, runner = start(one)
+    with pytest.raises(ValueError, match="runner must be of 3 environments"):
+        tm.collect(three, state.policy, state.theta, state.obs_stats, runner, np.random.default_rng(0), 5)
 
 
 def test_the_update_is_for_policies_and_the_fit_for_value_functions():
