@@ -1032,15 +1032,15 @@ def _cg(matvec, b, max_iter, tol):
     """
     x, r, p = np.zeros_like(b), b.copy(), b.copy()
     units = np.zeros((min(max_iter, 20), b.size), b.dtype)
-    rr = _dot(r, r)
-    stop = max(tol, float(np.finfo(b.dtype).eps)) ** 2 * rr  # where F is singular, it would run away on rounding
+    rr, limits = _dot(r, r), np.finfo(b.dtype)
+    stop = max(tol, float(limits.eps)) ** 2 * rr  # where F is singular, it would run away on rounding
     for n_iter in range(max_iter):
         if rr <= stop < np.inf:
             return x, r, n_iter, CONVERGED
         Ap = matvec(p)
         pAp = _dot(p, Ap)
         alpha = rr / pAp if pAp > 0 else np.nan  # infinite where pAp is near the least number there is
-        if not (pAp < np.inf and alpha < np.finfo(b.dtype).max):  # also where it is NaN
+        if not (pAp < np.inf and alpha < limits.max):  # also where it is NaN
             return x, r, n_iter, NEGATIVE_CURVATURE if pAp <= 0 else NOT_FINITE
         rr = _cg_step(x, r, p, Ap, alpha, rr, units, n_iter)
     return x, r, max_iter, CONVERGED if rr <= stop else ITERATION_LIMIT
