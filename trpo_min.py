@@ -1040,7 +1040,7 @@ def _cg(matvec, b, max_iter, tol):
         Ap = matvec(p)
         pAp = _dot(p, Ap)
         alpha = rr / pAp if pAp > 0 else np.nan  # infinite where pAp is near the least number there is
-        if not (pAp < np.inf and alpha < limits.max):  # also where it is NaN
+        if not (pAp < np.inf and alpha < float(limits.max)):  # also where it is NaN
             return x, r, n_iter, NEGATIVE_CURVATURE if pAp <= 0 else NOT_FINITE
         rr = _cg_step(x, r, p, Ap, alpha, rr, units, n_iter)
     return x, r, max_iter, CONVERGED if rr <= stop else ITERATION_LIMIT
