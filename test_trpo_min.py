@@ -3021,6 +3021,7 @@ threading.Thread(target=late).start()
 """
 
 
+@pytest.mark.slow
 def test_a_thread_that_outlives_the_main_thread_can_still_update_a_policy_and_train():
     result = run("-c", LATE, NUMBA_NUM_THREADS="2")
     assert result.stdout.split() == ["(52,)", "2"], result.stderr
@@ -3106,6 +3107,7 @@ def test_compiled_kernels_equal_the_python_they_were_compiled_from(tmp_path):
             assert allclose(one[name], other[name], rtol=1e-8, atol=1e-10), name
 
 
+@pytest.mark.slow
 def test_what_one_name_of_the_module_compiled_does_not_stand_in_the_way_of_another(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
@@ -3794,6 +3796,7 @@ gym.register("Logging-v0", Logging, max_episode_steps=200)
 """
 
 
+@pytest.mark.slow
 def test_what_an_environment_in_a_reference_cycle_has_not_written_yet_is_written_at_the_end(tmp_path):
     (tmp_path / "logging_env.py").write_text(LOGGING)
     result = shell(tmp_path, "--env", "logging_env:Logging-v0", "--total-steps", "200", "--hidden", "8")
@@ -3868,6 +3871,7 @@ def test_any_second_signal_interrupts_and_an_ignored_one_stays_ignored():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["| true", "> /dev/full", ">&-"])
 def test_a_reader_who_has_gone_does_not_end_the_training(tmp_path, output):
     command = f"{sys.executable} {HERE / 'trpo_min.py'} --env CartPole-v1 --vector sync --total-steps 20_000 --out here"
@@ -4403,6 +4407,7 @@ RANKS = ["--env", "CartPole-v1", "--num-envs", "2", "--rollout-steps", "96", "--
 RANKS += ["--vector", "sync"]
 
 
+@pytest.mark.slow
 @needs_mpi
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_run_of_several_ranks_repeats_bit_for_bit_and_goes_on_with_the_same_or_another_number(n, tmp_path):
@@ -4582,6 +4587,7 @@ def test_a_loaded_state_acts_on_one_observation_or_on_a_batch(run_folder):
     assert [state.act(row) for row in obs] == actions.tolist()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_of_80_columns_there_is_a_progress_bar_in_one_line(tmp_path):
     import pty
 
@@ -4685,6 +4691,7 @@ def readme_blocks(language, containing):
     return [block for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) if containing in block]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("containing", ["gym.Env", "trpo_update", "load("])
 def test_the_readmes_examples_run_in_a_folder_that_holds_the_file_alone(tmp_path, containing):
     (tmp_path / "trpo_min.py").write_text((HERE / "trpo_min.py").read_text())
@@ -4742,7 +4749,8 @@ class Odd(gym.Env):
         ("nan reward", 2, "a reward of nan"), ("nan obs", 2, "observation with NaN"), ("shape", 2, "wrong shape"),
         ("infinite obs", 2, "observation with NaN or infinity"), ("step raises", 1, "the floor is gone"),
         ("reset raises", 1, "the door is stuck"), ("endless", 0, ""), ("short", 0, ""), ("one state", 0, ""),
-        ("huge", 0, ""), ("zero", 0, ""), ("one action", 0, ""), ("one-dimensional", 0, ""), ("wide", 0, ""),
+        ("huge", 0, ""), ("zero", 0, ""), ("one action", 0, ""), ("one-dimensional", 0, ""),
+        pytest.param("wide", 0, "", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_an_environment_that_misbehaves_is_learned_from_or_named_with_what_was_learned_saved(
