@@ -398,6 +398,21 @@ def test_fvp_is_right_when_rows_times_outputs_exceed_the_parameters(n_rows, seed
     assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
 
 
+@pytest.mark.parametrize(("sizes", "n_rows"), [((3, 4, 1), 12_481), ((8, 512, 512, 1), 600)])
+def test_products_of_more_rows_or_parameters_than_there_are_sums_for_are_those_of_all_their_rows(sizes, n_rows):
+    rng, policy = np.random.default_rng(0), tm.Policy(sizes, "gaussian")
+    case = Case(policy, tm.init_params(policy, rng), rng.normal(size=(n_rows, sizes[0])), rng)
+    u, v = rng.normal(size=(n_rows, 2)), rng.normal(size=len(case.theta))
+    assert min(64, n_rows * sum(sizes) // len(v)) < n_rows / tm.BLOCK
+    parts = [slice(i, i + 150) for i in range(0, n_rows, 150)]  # less than a block each
+    by_parts = sum(tm.vjp(policy, case.theta, case.obs[part], u[part]) for part in parts)
+    unit = size_of(policy, case.theta, case.obs, np.ones_like(v))[1]
+    error = np.abs(tm.vjp(policy, case.theta, case.obs, u) - by_parts).max()
+    assert error <= tolerance(case, (unit * np.abs(u[:, :1])).sum() + np.abs(u).sum())
+    by_parts = sum(tm.fvp(policy, case.theta, case.obs[part], v) * len(u[part]) for part in parts) / n_rows
+    assert np.abs(tm.fvp(*case[:3], v) - by_parts).max() <= tolerance(case, bound_fvp(case, np.abs(v)))
+
+
 @given(cases())
 def test_fisher_is_symmetric_and_positive_semidefinite(case):
     u, v = case.rng.normal(size=(2, len(case.theta)))
@@ -3200,15 +3215,16 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_one_sentence(trained, tmp_
     path = tmp_path / "checkpoint.npz"
     tm.save(trained, path)
     whole = path.read_bytes()
-    for data in (b"", b"hello", whole[: len(whole) // 2], whole[:-1]):
+    for data in (b"", b"hello", b"PK, but no zip", whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="is not a checkpoint") as refused:
             tm.load(path)
         assert "unsafe" not in str(refused.value)
     rng = np.random.default_rng(0)
-    for _ in range(200):
+    last = range(len(whole) - 22, len(whole))  # they say where the parts are
+    for at in (*rng.integers(len(whole), size=200), *last):
         damaged = bytearray(whole)
-        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        damaged[at] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
         try:
             tm.load(path)  # a bit of no consequence
@@ -3422,6 +3438,8 @@ def test_the_heads_refuse_what_does_not_fit_in_one_sentence():
                     head(policy, what)
     with pytest.raises(ValueError, match="the same shape"):
         tm.kl(discrete, mu, mu[:1])
+    with pytest.raises(ValueError, match="policy must have a gaussian or categorical head"):
+        tm.sample(tm.Policy((3, 1), "value"), mu[:, :1], np.random.default_rng(0))
     assert tm.log_prob(discrete, mu.tolist(), choices.tolist()).shape == (7,)
 
 
@@ -3460,6 +3478,8 @@ def test_bad_parameters_are_refused():
         (tm.Policy((3, 4), "categorical", 4), "sizes and nvec must be tuples"),
         (tm.Policy((3, 0, 2), "gaussian"), "sizes and nvec must be"),
         (tm.Policy((3, 4.0, 2), "gaussian"), "sizes and nvec must be"),
+        (tm.Policy((3, True, 2), "gaussian"), "sizes and nvec must be"),
+        (tm.Policy((3, np.uint8(200), 2), "gaussian"), "sizes and nvec must be"),
         (tm.Policy((3, 4), "categorical", (5,)), "nvec must"),
         (tm.Policy((3, 4), "categorical"), "nvec must"),
         (tm.Policy((3, 4), "categorical", (4, 0)), "sizes and nvec must be"),
@@ -3644,6 +3664,20 @@ def test_a_number_whose_square_overflows_ends_training_with_a_state_that_loads(w
         tm.train(Spike(None), tm.Config(hidden=(3,), rollout_steps=20))
     tm.save(error.value.state, tmp_path / "checkpoint.npz")
     assert tm.load(tmp_path).updates >= 4
+
+
+@pytest.mark.parametrize("rows", [np.zeros((4, 1)), np.zeros(3), np.zeros((0, 3)), np.full((2, 3), np.nan)])
+def test_running_statistics_refuse_rows_of_other_shapes_and_what_is_not_finite(rows):
+    stats = tm.RunningStats(5.0, np.zeros(3), np.ones(3))
+    with pytest.raises(ValueError, match="rows of observations or rewards must"):
+        tm.update_stats(stats, rows)
+
+
+def test_observations_that_the_type_asked_for_cannot_hold_are_not_normalised():
+    empty = tm.RunningStats(0.0, np.zeros(1), np.zeros(1))
+    assert tm.normalize(empty, [[1e300]]) == 1e300
+    with pytest.raises(ValueError, match=r"of a size that float32 can hold, got 1e\+300 at most"):
+        tm.normalize(empty, [[1e300]], np.float32)
 
 
 def test_the_observation_that_is_refused_is_the_one_that_is_shown():

@@ -38,6 +38,7 @@ import difflib
 import functools
 import gc
 import hashlib
+import io
 import json
 import os
 import signal
@@ -407,8 +408,8 @@ def _check_policy(policy):
         raise ValueError(f"sizes and nvec must be tuples, got {policy}")
     if policy.head not in ("gaussian", "categorical", "value"):
         raise ValueError(f"head must be gaussian, categorical or value, got {policy.head!r}")
-    if not all(isinstance(n, (int, np.integer)) and n > 0 for n in (*sizes, *policy.nvec)):
-        raise ValueError(f"sizes and nvec must be positive integers, got {policy}")
+    if not all(type(n) in (int, np.int32, np.int64) and n > 0 for n in (*sizes, *policy.nvec)):
+        raise ValueError(f"sizes and nvec must be positive integers (int, np.int32 or np.int64), got {policy}")
     if len(sizes) < 2:
         raise ValueError(f"sizes must be two or more widths (D, hidden ..., outputs), got {sizes}")
     if sum(policy.nvec) != (sizes[-1] if policy.head == "categorical" else 0):
@@ -683,6 +684,7 @@ def _draw(policy, rng, shape, dtype):
 
 def sample(policy, mu, rng):
     """Actions (N, A) drawn from pi_mu: floats (not clipped), or choices counted from 0."""
+    _check_acts(policy)
     mu = _finite("mu", mu, (None, n_outputs(policy)))
     noise, actions = _draw(policy, rng, mu.shape[:1], mu.dtype)
     _sample_rows(mu, np.array(policy.nvec, np.int64), noise, actions)
@@ -939,7 +941,7 @@ def _jtu_chunks(theta, v, sizes, acts, jac, m, nvec, u, partial, first, last):
     n_rows, n_chunks = acts.size // sizes.sum(), partial.shape[0]
     n_blocks = (n_rows + BLOCK - 1) // BLOCK
     dacts, carried = np.empty(BLOCK * sizes.sum(), theta.dtype), np.zeros(BLOCK * sizes.sum(), theta.dtype)
-    jtu = np.zeros(theta.size, theta.dtype)
+    summand = np.zeros(theta.size, theta.dtype)
     for chunk in range(first, last):
         for block in range(chunk * n_blocks // n_chunks, (chunk + 1) * n_blocks // n_chunks):
             i, j = block * BLOCK, min((block + 1) * BLOCK, n_rows)
@@ -949,8 +951,8 @@ def _jtu_chunks(theta, v, sizes, acts, jac, m, nvec, u, partial, first, last):
             if v is not None:
                 _jvp_block(theta, v, sizes, acts, jac, dacts, carried, i, j)
                 _metric_block(m, nvec, du, i, j)
-            _vjp_block(theta, sizes, acts, jac, dacts, i, j, jtu)
-            _add_times(partial[chunk], 1, jtu)
+            _vjp_block(theta, sizes, acts, jac, dacts, i, j, summand)
+            _add_times(partial[chunk], 1, summand)
 
 
 def _jac(theta, sizes, acts, n_fvp):
@@ -974,7 +976,7 @@ def _jtu(theta, v, sizes, acts, jac, m, nvec, u):
     rows of each of some chunks (chunks, P).
 
     Their number is set by the sizes and not by the threads, so that the bits never change, and is small enough for the
-    sums to take no more memory than acts, or than one of them.
+    sums to take no more memory than acts, unless it is 1.
     """
     n_chunks = max(1, min(_n_blocks(len(m if u is None else u)), 64, acts.size // theta.size))
     partial = np.zeros((n_chunks, theta.size), theta.dtype)
@@ -1115,8 +1117,8 @@ def _solve_to_tol(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
     """_solve; where a tol of 1e-3 or more asks for few digits of x, with products in float32, and the rest as it is.
 
     Training in float64 takes a tenth less time so on one thread, a twentieth on two.  With the settings' defaults x
-    moves by 1e-5 of its length; where observations are not normalised and damping is small, the solve can come a tenth
-    less far.  Where float32 cannot hold the numbers, or finds no curvature, float64 decides.
+    moves by less than 1e-5 of its length; where observations are not normalised and damping is small, the solve can
+    come a tenth less far.  Where float32 cannot hold the numbers, or finds no curvature, float64 decides.
     """
     if theta.dtype == np.float64 and tol >= 1e-3:
         theta_32, acts_32, m_32 = (each.astype(np.float32) for each in (theta, acts, m))
@@ -1450,6 +1452,7 @@ class RunningStats(NamedTuple):
 @np.errstate(over="ignore")  # it is refused
 def update_stats(stats, rows):
     """stats after rows (N, D) more.  Merges two-pass moments (Chan et al. 1983): nothing cancels."""
+    rows = _finite("rows of observations or rewards", rows, (None, len(stats.mean)), np.float64)
     n, mean = _sum_over_ranks(len(rows)), _mean_over_ranks(rows.mean(axis=0), len(rows))
     total, delta = stats.count + n, mean - stats.mean
     spread = _sum_over_ranks(np.square(rows - mean).sum(axis=0))
@@ -1485,7 +1488,8 @@ def normalize(stats, raw, dtype=np.float64):
     """Observations (N, D) as the networks see them, at most 10 deviations from 0; raw itself while stats is empty."""
     raw = _finite("obs", raw, (None, len(stats.mean)), np.float64)
     out = np.empty(raw.shape, dtype)
-    _normalize_rows(raw, *_normalizer(stats, raw.shape[1]), out)
+    if not _normalize_rows(raw, *_normalizer(stats, raw.shape[1]), out):
+        raise ValueError(f"obs must be of a size that {out.dtype} can hold, got {np.abs(raw).max():.3g} at most")
     return out
 
 
@@ -2321,12 +2325,11 @@ def load(path):
     ValueError where it is anything else."""
     path = Path(path)
     path = path / "checkpoint.npz" if path.is_dir() else path
+    content = path.read_bytes()
     try:
-        with open(path, "rb") as file:
-            if file.read(2) != b"PK":  # of which NumPy would say that it may be unsafe
-                raise ValueError("it is not an .npz file")
-            file.seek(0)
-            arrays = dict(np.load(file, allow_pickle=False))
+        if not content.startswith(b"PK\x03\x04"):  # of which NumPy would say that it may be unsafe
+            raise ValueError("it is not an .npz file")
+        arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
         if str(arrays.pop("digest")) != _digest(arrays):
             raise ValueError("it was changed after it was written")
         plain = json.loads(str(arrays.pop("state")))
@@ -2347,8 +2350,6 @@ def load(path):
             _check_policy(net)
             plain[name] = _finite(name, arrays[name], (n_params(net),))
         return TrainState(**plain)
-    except OSError:
-        raise
     except Exception as error:  # a damaged file fails in more ways than could be listed
         raise ValueError(f"{path} is not a checkpoint of trpo_min {__version__}: {error}") from error
 
