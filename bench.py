@@ -1061,7 +1061,7 @@ def draw_learn(rows):
             n = min(len(returns) for _, returns in runs)
             steps, returns = runs[0][0][:n], np.stack([each[:n] for _, each in runs])
             axis.plot(steps, returns.mean(axis=0), color=colour, label=f"{label}, {len(runs)} seeds")
-            spread = returns.std(axis=0, ddof=1)
+            spread = returns.std(axis=0, ddof=min(1, len(runs) - 1))
             axis.fill_between(
                 steps, returns.mean(axis=0) - spread, returns.mean(axis=0) + spread, color=colour, alpha=0.2
             )
