@@ -694,8 +694,8 @@ def sample(policy, mu, rng):
 # ==================================================================================== network: forward, J v, J^T u, F v
 # theta holds W (m, n) and b (n,) of each layer in turn, then log_std (A,) for a Gaussian head.  acts holds obs, the
 # tanh outputs of each hidden layer and the network's outputs, layer after layer, rows in order: N * sum(sizes) numbers.
-# jac, where it is not empty, holds G (N, K, n) of each hidden layer but the last, layer after layer: the derivative of
-# the network's K outputs by what goes into the layer's tanh.
+# jac, where it is not empty (or None), holds G (N, K, n) of each hidden layer but the last, layer after layer: the
+# derivative of the network's K outputs by what goes into the layer's tanh.
 BLOCK = 192  # rows per block: few enough to stay in the caches, many enough for products near their full speed
 
 
@@ -852,7 +852,7 @@ def _vjp_block(theta, sizes, acts, jac, dacts, i, j, out):
                 db[k] += u[row, k]
         if layer > 0:
             u_before = _rows(dacts, sizes, layer, 0, j - i)
-            if jac.size > 0 and layer < last:
+            if jac is not None and jac.size > 0 and layer < last:
                 u_top = _rows(dacts, sizes, last + 1, 0, j - i)
                 _jac_transposed_times(_jac_rows(jac, sizes, layer, i, j), u_top, u_before)
             else:
@@ -936,7 +936,7 @@ def _activations(theta, sizes, obs):
 def _jtu_chunks(theta, v, sizes, acts, jac, m, nvec, u, partial, first, last):
     """partial[first to last] += what these equal chunks of the rows add to J^T u, or J^T M J v: the other is None.
 
-    Numba compiles a kernel for each, which leaves out what is for the one that is None.
+    Numba compiles a kernel for each, which leaves out what is for the one that is None, and for jac where that is.
     """
     n_rows, n_chunks = acts.size // sizes.sum(), partial.shape[0]
     n_blocks = (n_rows + BLOCK - 1) // BLOCK
@@ -972,11 +972,11 @@ def _jac(theta, sizes, acts, n_fvp):
 
 
 def _jtu(theta, v, sizes, acts, jac, m, nvec, u):
-    """J^T u for u (N, outputs), or J^T M J v, a JVP, M and a VJP per block, with u None.  Returns the sums over the
-    rows of each of some chunks (chunks, P).
+    """J^T u for u (N, outputs), with v and jac None, or J^T M J v, a JVP, M and a VJP per block, with u None.
 
-    Their number is set by the sizes and not by the threads, so that the bits never change, and is small enough for the
-    sums to take no more memory than acts, unless it is 1.
+    Returns the sums over the rows of each of some chunks (chunks, P).
+    Their number is set by the sizes and not by the threads, so that
+    the bits never change, and is small enough for the sums to take no more memory than acts, unless it is 1.
     """
     n_chunks = max(1, min(_n_blocks(len(m if u is None else u)), 64, acts.size // theta.size))
     partial = np.zeros((n_chunks, theta.size), theta.dtype)
@@ -1074,7 +1074,7 @@ def _mean_damped(sums, n_rows, v, sizes, damping):
 
     As one compiled call, and not nine of NumPy, it makes an update on 1,024 or 2,048 rows take 2 to 5% less time.
     """
-    out, n_weights, n_rows, damping = np.zeros_like(v), 0, v.dtype.type(n_rows), v.dtype.type(damping)
+    out, n_weights, n_rows, damping = np.zeros(v.size, v.dtype), 0, v.dtype.type(n_rows), v.dtype.type(damping)
     for layer in range(sizes.size - 1):
         n_weights += (sizes[layer] + 1) * sizes[layer + 1]
     for chunk in range(len(sums)):
@@ -1190,7 +1190,7 @@ def vjp(policy, theta, obs, u):
 
 def _vjp(policy, theta, acts, u):
     n_out, sizes = policy.sizes[-1], np.array(policy.sizes)
-    sums = _jtu(theta, None, sizes, acts, acts[:0], None, None, np.ascontiguousarray(u[:, :n_out]))
+    sums = _jtu(theta, None, sizes, acts, None, None, None, np.ascontiguousarray(u[:, :n_out]))
     grad = sums.sum(axis=0)
     if policy.head == "gaussian":  # log_std is each row's own output: its part of J is the identity
         grad[-n_out:] = u[:, n_out:].sum(axis=0)
@@ -1354,17 +1354,14 @@ def improvement_lower_bound(surrogate_gain, adv_largest, kl_largest, gamma):
 
 # ============================================================================ E8, E9: advantages and the value function
 @jit
-def _gae(rewards, values, next_values, terminated, truncated, gamma, lam):
-    adv = np.empty_like(values)
-    carry = np.zeros_like(values[0])
-    for t in range(len(rewards) - 1, -1, -1):
-        for e in range(carry.size):
+def _gae(rewards, values, next_values, terminated, truncated, gamma, lam, adv):
+    for e in range(adv.shape[1]):
+        carry = 0.0
+        for t in range(adv.shape[0] - 1, -1, -1):
             bootstrap = 0.0 if terminated[t, e] else gamma * next_values[t, e]
-            ended = terminated[t, e] or truncated[t, e]
             delta = rewards[t, e] + bootstrap - values[t, e]
-            carry[e] = delta if ended else delta + gamma * lam * carry[e]
-            adv[t, e] = carry[e]
-    return adv
+            carry = delta if terminated[t, e] or truncated[t, e] else delta + gamma * lam * carry
+            adv[t, e] = carry
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
@@ -1384,7 +1381,8 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
         raise ValueError(f"terminated and truncated must have shape {values.shape}, as values")
     _check_number("gamma", gamma, float, "[0, 1]")
     _check_number("lam", lam, float, "[0, 1]")
-    adv = _gae(rewards, values, next_values, terminated, truncated, float(gamma), float(lam))
+    adv = np.empty_like(values)
+    _gae(rewards, values, next_values, terminated, truncated, float(gamma), float(lam), adv)
     return adv, adv + values
 
 
