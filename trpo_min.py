@@ -974,9 +974,9 @@ def _jac(theta, sizes, acts, n_fvp):
 def _jtu(theta, v, sizes, acts, jac, m, nvec, u):
     """J^T u for u (N, outputs), with v and jac None, or J^T M J v, a JVP, M and a VJP per block, with u None.
 
-    Returns the sums over the rows of each of some chunks (chunks, P).
-    Their number is set by the sizes and not by the threads, so that
-    the bits never change, and is small enough for the sums to take no more memory than acts, unless it is 1.
+    Returns the sums over the rows of each of some chunks (chunks, P).  Their number is set by the sizes and not by the
+    threads, so that the bits never change, and is small enough for the sums to take no more memory than acts, unless it
+    is 1.
     """
     n_chunks = max(1, min(_n_blocks(len(m if u is None else u)), 64, acts.size // theta.size))
     partial = np.zeros((n_chunks, theta.size), theta.dtype)
