@@ -178,16 +178,11 @@ def fisher_case(sizes, n_rows, dtype):
 
 
 def kernel(policy, theta, obs):
-    """F v alone on cached activations, as inside conjugate gradients."""
+    """F v alone on cached activations, to be called as inside conjugate gradients, with one thread of BLAS."""
     acts = tm._activations(theta, np.array(policy.sizes), obs)
     sizes, acts, m, nvec = tm._fisher(policy, acts, tm._outputs(policy, theta, acts))
     jac = tm._jac(theta, sizes, acts, CONFIG.cg_iters)
-
-    def product(v):
-        with tm._one_blas_thread():
-            return tm._fvp(theta, v, sizes, acts, jac, m, nvec, 0.0)
-
-    return product
+    return lambda v: tm._fvp(theta, v, sizes, acts, jac, m, nvec, 0.0)
 
 
 def fvp(args):
@@ -217,12 +212,10 @@ def fvp(args):
                 product, acts = kernel(policy, theta, obs), numpy_activations(policy, theta, obs)
                 square, out = rng.standard_normal((H, H)).astype(dtype), np.empty((n_rows, H), dtype)
                 repeats = max(5, min(args.repeats, int(1e7 / n_rows / H)))
-                takers = [
-                    lambda f=product, v=v: f(v),
-                    lambda a=acts[1], b=square, c=out: np.dot(a, b, c),
-                    lambda p=policy, t=theta, a=acts, v=v: numpy_fvp(p, t, a, v),
-                ]
-                mine, gemm, whole = (rested(function, repeats) for function in takers)
+                with tm._one_blas_thread():
+                    mine = rested(lambda f=product, v=v: f(v), repeats)
+                gemm = rested(lambda a=acts[1], b=square, c=out: np.dot(a, b, c), repeats)
+                whole = rested(lambda p=policy, t=theta, a=acts, v=v: numpy_fvp(p, t, a, v), repeats)
                 flop = 2 * n_rows * (2 * D * H + 4 * H * H + 4 * H * A)
                 rate, best = flop / mine[0] / 1e9, 2 * n_rows * H * H / gemm[0] / 1e9
                 print(
@@ -682,7 +675,8 @@ def scaling(args):
         policy, theta, batch = gaussian_batch(sizes, n_rows, np.float64)
         at, v = at or len(theta), np.ones_like(theta)
         product, repeats = kernel(policy, theta, batch.obs), max(3, min(args.repeats, int(4e9 / len(theta) / n_rows)))
-        times = [timed(lambda f=product, v=v: f(v), repeats)[0]]
+        with tm._one_blas_thread():
+            times = [timed(lambda f=product, v=v: f(v), repeats)[0]]
         times.append(timed(ours(policy, theta, batch)[1], repeats)[0])
         points.setdefault(axis, []).append((at, *times))
         shown = "-".join(map(str, sizes)) if len(sizes) < 6 else f"11-{len(sizes) - 2} x 64-3"
