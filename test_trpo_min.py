@@ -4591,6 +4591,9 @@ def test_what_the_environment_was_made_with_is_kept_by_train_too(tmp_path, capsy
     assert tm.train(lambda: gym.make("Held-v0", held={1}), config).env_args == {}  # no JSON
     del gym.registry["Held-v0"]
 
+    assert set(tm.evaluate(short, "Pendulum-v1", 2)[1]) == {30}
+    more = tm.train("Pendulum-v1", config._replace(total_steps=600), state=short)
+    assert set(more.lengths) == {30} and more.env_args == short.env_args
 
 def test_environment_arguments_are_kept_for_evaluation_and_resuming(tmp_path, capsys):
     args = '{"max_episode_steps": 7}'

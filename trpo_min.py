@@ -2229,16 +2229,16 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
 
     env: an id, a callable that makes a gym.Env, or one gym.Env or VectorEnv, which then sets the number of
     environments.  state: one to go on from, in new episodes and without earlier rollouts, with its own random numbers
-    and, unless given, config.  callback(state, info, explained variance) is called after each update; returning True
-    stops.  Stops before total_steps at the reward threshold that the environment is registered with (whatever wrappers
-    make of rewards), if stop_when_solved, and with vine sampling where another update might take more steps than are
-    left.  An exception that leaves train, an interrupt as well, carries the state after the last finished update as its
-    attribute .state.
+    and, unless given, config; an id that is state.env is made with state.env_args.  callback(state, info, explained
+    variance) is called after each update; returning True stops.  Stops before total_steps at the reward threshold that
+    the environment is registered with (whatever wrappers make of rewards), if stop_when_solved, and with vine sampling
+    where another update might take more steps than are left.  An exception that leaves train, an interrupt as well,
+    carries the state after the last finished update as its attribute .state.
     """
     config = (state.config if state else Config()) if config is None else config
     check_config(config)
     _check_number("seed", seed, int, "[0, inf)")
-    envs, made_here = _make_envs(env, config)
+    envs, made_here = _make_envs(env, config, **(state.env_args if state and env == state.env else {}))
     with _closing(envs) if made_here else contextlib.nullcontext():
         policy, spec = make_policy(envs.single_observation_space, envs.single_action_space, config.hidden), _spec(envs)
         if state is None:
@@ -2256,13 +2256,13 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
 
 
 # =============================================================================================== using what was trained
-def evaluate(state, env, episodes=10, seed=0):
-    """Raw returns and lengths, each (episodes,), of the most likely actions in env: an id or a gym.Env whose episodes
-    end.  state is read only: the statistics of its observations do not move."""
+def evaluate(state, env, episodes=20, seed=0):
+    """Raw returns and lengths, each (episodes,), of the most likely actions in env: a gym.Env whose episodes end, or an
+    id, made with state.env_args if it is state.env.  state is read only: its observation statistics do not move."""
     import gymnasium as gym
 
     _check_number("episodes", episodes, int, "[1, inf)")
-    given, env, results = env, _make_env(env), []
+    given, env, results = env, _make_env(env, **(state.env_args if env == state.env else {})), []
     with contextlib.nullcontext() if env is given else contextlib.closing(env):
         if isinstance(env, gym.vector.VectorEnv):
             raise ValueError("evaluate plays one episode after another: give it an id or a gym.Env, not a VectorEnv")
