@@ -1934,7 +1934,7 @@ def test_advantages_are_those_of_a_serial_loop_with_each_rows_own_next_observati
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-@given(E=st.integers(1, 3), total_steps=st.integers(1, 60), rollout_steps=st.integers(1, 20))
+@given(E=st.integers(1, 3), total_steps=st.integers(3, 60), rollout_steps=st.integers(1, 20))
 def test_counted_steps_episodes_and_returns_are_those_that_happened(mode, E, total_steps, rollout_steps):
     envs = counters(E, mode)
     config = tm.Config(hidden=(), total_steps=total_steps, rollout_steps=rollout_steps, stop_when_solved=False)
@@ -3253,12 +3253,21 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_one_sentence(trained, tmp_
             tm.load(path)
 
 
-def test_a_checkpoint_with_a_setting_that_is_gone_loads_and_says_so(trained, tmp_path):
-    settings = trained.config._asdict() | {"value_kl": 0.2}
+@pytest.mark.parametrize(("gone", "new"), [("value_kl", None), (None, "kl_memory"), ("value_kl", "kl_memory")])
+def test_a_checkpoint_with_other_settings_loads_and_says_so(trained, tmp_path, gone, new):
+    settings = trained.config._asdict() | ({gone: 0.2} if gone else {})
+    settings.pop(new, None)
     earlier = types.SimpleNamespace(_asdict=lambda: settings)
     tm.save(trained._replace(config=earlier), tmp_path / "checkpoint.npz")
-    with pytest.warns(UserWarning, match="of an earlier version, whose value_kl is gone"):
+    differ = ", ".join(sorted(filter(None, (gone, new))))
+    with pytest.warns(UserWarning, match=f"of another version, with other settings: {differ}$"):
         assert same(tm.load(tmp_path), trained)
+
+
+def test_training_for_fewer_steps_than_an_update_takes_is_refused():
+    with pytest.raises(ValueError, match=r"^total_steps must be at least the 5 of one update, got 4$"):
+        tm.train("CartPole-v1", tm.Config(total_steps=4, num_envs=5))
+    assert tm.train("CartPole-v1", tm.Config(total_steps=5, num_envs=5, hidden=(4,))).updates == 1
 
 
 def test_act_takes_the_most_likely_action_of_the_normalised_observation(trained):
@@ -3784,7 +3793,7 @@ def shell(tmp_path, *argv):
         (["--eval", "here", "--max-kl", "0.1"], "--max-kl does not go with --eval"),
         (["--eval", "here", "--episodes", "0"], "--episodes must be at least 1, got 0"),
         (["--plot", "here"], "here"),
-        (["--env", "CartPole-v1", "--total-steps", "3", "--quiet"], "give a larger --total-steps"),
+        (["--env", "CartPole-v1", "--total-steps", "3", "--quiet"], "total_steps must be at least the 16"),
         ([], "--env"),
     ],
 )
@@ -4115,7 +4124,7 @@ def test_a_row_that_is_not_yet_whole_is_not_read(run_folder):
 def test_what_a_process_leaves_that_is_killed_before_its_first_checkpoint_is_no_run(run_folder, tmp_path, capsys):
     folder = tmp_path / "killed"
     folder.mkdir()
-    for name in ("progress.csv", "checkpoint.npz.123.tmp"):
+    for name in ("progress.csv", "checkpoint.npz.123.tmp", "config.json.123.tmp"):
         (folder / name).touch()
     assert tm.main(["--resume", str(folder)]) == 2
     assert "checkpoint.npz" in capsys.readouterr().err

@@ -2166,10 +2166,7 @@ def _vine_plan(envs, policy, config):
     n_envs = _sum_over_ranks(envs.num_envs)
     n_steps = max(1, config.rollout_steps // n_envs)
     n_saved = min(-(-config.vine_states // n_envs), n_steps)
-    most = n_envs * (n_steps + n_saved * _n_actions(policy, config) * config.vine_steps)
-    if most > config.total_steps:
-        raise ValueError(f"total_steps must be at least the {most} of one update with vine, got {config.total_steps}")
-    return n_saved, most
+    return n_saved, n_envs * (n_steps + n_saved * _n_actions(policy, config) * config.vine_steps)
 
 
 def _interrupt_behind(error, handled):
@@ -2189,6 +2186,8 @@ def _iterate(envs, state, threshold, callback):
     config, policy, stop, handled = state.config, state.policy, False, sys.exc_info()[1]
     try:
         _check_ranks_agree("state, seed or config", lambda: _arrays(state))
+        if least > config.total_steps:
+            raise ValueError(f"total_steps must be at least the {least} of one update, got {config.total_steps}")
         n_envs = _sum_over_ranks(envs.num_envs)
         n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, n_envs)
         rng = np.random.default_rng()
@@ -2335,10 +2334,9 @@ def load(path):
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
             plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
-        if gone := sorted(set(plain["config"]).difference(Config._fields)):
-            warnings.warn(f"{path} is of an earlier version, whose {', '.join(gone)} is gone", stacklevel=1)
-        for name in gone:
-            del plain["config"][name]
+        if differ := sorted(set(plain["config"]).symmetric_difference(Config._fields)):
+            warnings.warn(f"{path} is of another version, with other settings: {', '.join(differ)}", stacklevel=2)
+        plain["config"] = {name: value for name, value in plain["config"].items() if name in Config._fields}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
         plain |= {name: _tuple(plain[name]) for name in ("returns", "lengths")}
@@ -2426,7 +2424,7 @@ def _lock(out, stack):
         raise ValueError(f"{out} is in use by another process") from error
     except (ImportError, OSError):
         pass
-    for part in out.glob("checkpoint.npz.*.tmp"):
+    for part in out.glob("*.[0-9]*.tmp"):
         part.unlink()
 
 
@@ -2434,7 +2432,7 @@ def _start_folder(out, state, stack):
     """Makes a run's folder, and has it locked; ValueError if it holds anything already, but for what a process leaves
     that is killed in here."""
     out.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in out.iterdir() if not path.match("checkpoint.npz.*.tmp")}
+    names = {path.name for path in out.iterdir() if not path.match("*.[0-9]*.tmp")}
     if names - {"progress.csv"} or (names and (out / "progress.csv").stat().st_size):
         resume = f", or --resume {out}" if (out / "checkpoint.npz").exists() else ""
         raise ValueError(f"{out} is not empty, and is not overwritten: choose another --out{resume}")
