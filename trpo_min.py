@@ -75,13 +75,13 @@ def jit(function, **options):
         return numba.njit(**options)(function)
 
 
-# for a kernel with hardly a caller but one, compiled as a part of it: the first run is 2 s shorter
+# for what one kernel calls, compiled as a part of it: the first run is a second shorter
 jit_within = functools.partial(jit, inline="always")
 
 
 @functools.cache
 def _threads():
-    """As many threads as NUMBA_NUM_THREADS says, or cores, but for the one that calls; at least one."""
+    """One thread less than NUMBA_NUM_THREADS says, or cores, as the caller works too; at least one."""
     return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1))
 
 
@@ -95,8 +95,8 @@ def _fulfil(future, function, *args):
 
 
 def _begin(function, *args):
-    """A Future of function(*args), which one of _threads runs; or the caller, at the end of the process or where the
-    system grants no more threads."""
+    """A Future of function(*args), run by one of _threads; by the caller where no thread can be had, as at the end of
+    the process."""
     future = Future()
     try:
         _threads().submit(_fulfil, future, function, *args)
@@ -203,8 +203,8 @@ def data_parallel(comm):
     """In the block, trpo_update, fit_value, train and what they call are collective over the ranks of comm (mpi4py).
 
     Each rank brings rows of its own, one or more, and the same seed, parameters and config.  Every mean over rows is
-    then one over the rows of all ranks, so that all come to the same bits: what one process would, on all rows, but for
-    rounding.  Where one rank raises, the others would wait for ever: python -m mpi4py script.py ends them all.
+    then one over the rows of all ranks, so that all come to the same bits: up to rounding, those of one process on all
+    rows.  Where one rank raises, the others would wait for ever: python -m mpi4py script.py ends them all.
     """
     global _ranks
     if comm is not None and not hasattr(comm, "Allreduce"):
@@ -255,7 +255,7 @@ class Config(NamedTuple):
     """All settings; each is also a command-line option.  Annotated with type, allowed interval, meaning and unit."""
 
     hidden: Annotated[tuple[int, ...], "[1, inf)", "widths of the hidden layers of both networks, units"] = (64, 64)
-    dtype: Annotated[str, "float64 float32", "floating-point type of parameters and batches"] = "float64"
+    dtype: Annotated[str, "float64 float32", "type of parameters and batches; of F v, see cg_tol"] = "float64"
     init_std: Annotated[
         float, "(0, inf)", "first sigma of A actions is min(1, init_std / A), in halves of the action's range"
     ] = 2.4
@@ -265,7 +265,7 @@ class Config(NamedTuple):
         int, "[0, inf)", "environments stepped together in each rank; 0: 4, or 16 over all ranks where they step as one"
     ] = 0
     vector: Annotated[
-        str, "own sync async", "own: step as one where Gymnasium can; else sync: one by one; async: each in a process"
+        str, "own sync async", "own: as one if Gymnasium can (no env-args); else sync: one by one; async: in processes"
     ] = "own"
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments and ranks"] = 1024
     normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
@@ -283,14 +283,14 @@ class Config(NamedTuple):
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     kl_memory: Annotated[
-        float, "[0, 1]", "decay of the mean adv^2 so far: max_kl is lower in proportion where adv^2 is; 0: never"
+        float, "[0, 1]", "decay of P, the mean adv^2 so far; max_kl is times adv^2 / P where that is below 1; 0: never"
     ] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
     cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per step"] = 10
     cg_tol: Annotated[
-        float, "[0, 1)", "stop a solve at this residual over the right-hand side; from 1e-3 on, F v is in float32"
+        float, "[0, 1)", "stop a solve at this residual over the right-hand side; at 1e-3 or more F v is in float32"
     ] = 0.01
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
@@ -357,12 +357,12 @@ class UpdateInfo(NamedTuple):
 
 
 class CGResult(NamedTuple):
-    """Solution, its residual norm, iterations taken, and a status out of CG_STATUS."""
+    """Solution, its residual norm, iterations taken, and how it ended: see cg."""
 
     x: np.ndarray
     residual_norm: float
     n_iter: int
-    status: str
+    status: str  # CONVERGED, ITERATION_LIMIT, NEGATIVE_CURVATURE or NOT_FINITE
 
 
 def _n_weights(policy):
@@ -436,7 +436,7 @@ def _check_batch(policy, theta, batch):
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a Batch, got {type(batch).__name__}")
     theta, obs = _check_inputs(policy, theta, batch.obs)
-    _check_acts(policy)
+    _check_stochastic(policy)
     n, dtype = len(obs), theta.dtype
     actions = _check_actions(policy, batch.actions, n, dtype)
     adv = _finite("adv", batch.adv, (n,), dtype)
@@ -450,7 +450,7 @@ def _check_batch(policy, theta, batch):
     return theta, Batch(obs, actions, adv, mu_old, weights, int(batch.group))
 
 
-def _check_acts(policy):
+def _check_stochastic(policy):
     if policy.head == "value":
         raise ValueError("policy must have a gaussian or categorical head, got a value function")
 
@@ -479,7 +479,7 @@ def _check_groups(obs, weights):
 
 
 def _check_mu_old(mu_old, mu):
-    """The update is around the policy that sampled: a stale mu_old, or obs normalised anew since, would not be."""
+    """The trust region is around mu_old: a stale one, or obs normalised anew since, would move it off theta."""
     far, tolerance = np.abs(mu_old - mu).max(), np.sqrt(np.finfo(mu.dtype).eps) * max(1.0, np.abs(mu).max())
     if not far <= tolerance:
         raise ValueError(f"mu_old must be forward(policy, theta, obs), the policy that sampled; it is {far:.3g} away")
@@ -521,14 +521,14 @@ LOG_2PI = float(np.log(2 * np.pi))
 
 
 def _columns(x):
-    """x (N, K) as (K, N): NumPy's loops over N are 3 to 40 times as fast as those over a few columns, row by row (over
-    a thousand, a third)."""
+    """x (N, K) as (K, N): NumPy's loops over N are 3 to 40 times as fast as over a few columns, and a third as fast as
+    over a thousand."""
     return np.ascontiguousarray(x.T)
 
 
 def _parts(policy, mu):
     """mean and log_std (A, N) of a Gaussian, the logits (n, N) of each categorical; they may be NaN or infinite."""
-    _check_acts(policy)
+    _check_stochastic(policy)
     if np.shape(mu) != (*np.shape(mu)[:1], n_outputs(policy)):
         raise ValueError(f"mu must have shape (any, {n_outputs(policy)}), got {np.shape(mu)}")
     edges = [policy.sizes[-1]] if policy.head == "gaussian" else np.cumsum(policy.nvec)[:-1]
@@ -637,7 +637,7 @@ def _metric_block(m, nvec, du, i, j):
 def fisher_metric(policy, mu, dmu):
     """M dmu (N, K), M = Hessian of KL(pi_mu || pi_mu') in mu' at mu: the Fisher information of the head, E4.
 
-    Gaussian: dmean / sigma^2 and 2 dlog_std; categorical: p dmu - p (p . dmu); value: dmu.  Never negative.
+    Gaussian: dmean / sigma^2 and 2 dlog_std; categorical: p dmu - p (p . dmu); value: dmu.  dmu . M dmu >= 0.
     """
     mu = _finite("mu", mu, (None, n_outputs(policy)))
     du = _finite("dmu", dmu, mu.shape, mu.dtype).copy()
@@ -684,7 +684,7 @@ def _draw(policy, rng, shape, dtype):
 
 def sample(policy, mu, rng):
     """Actions (N, A) drawn from pi_mu: floats (not clipped), or choices counted from 0."""
-    _check_acts(policy)
+    _check_stochastic(policy)
     mu = _finite("mu", mu, (None, n_outputs(policy)))
     noise, actions = _draw(policy, rng, mu.shape[:1], mu.dtype)
     _sample_rows(mu, np.array(policy.nvec, np.int64), noise, actions)
@@ -727,9 +727,9 @@ def _jac_rows(jac, sizes, layer, i, j):
 
 @jit
 def _copy(source, out):
-    """out <- source; the slice assignment out[:] = source takes 1.5 s longer to compile."""
-    for i in range(out.shape[0]):
-        for k in range(out.shape[1]):
+    """The first columns of out <- source; a slice assignment takes seconds longer to compile."""
+    for i in range(source.shape[0]):
+        for k in range(source.shape[1]):
             out[i, k] = source[i, k]
 
 
@@ -791,7 +791,7 @@ def _jvp_block(theta, v, sizes, acts, jac, dacts, carried, i, j):
     """Forward mode: dacts <- d acts along v.  dh' = (h dW + dh W + db) (1 - h'^2), the last layer without the slope.
 
     With jac only the last two layers are done so, and each before them moves the outputs by G (h dW + db).  carried is
-    room for dh W, laid out like dacts; 0 in the first layer done so, where it is never written to.
+    room for dh W, laid out like dacts; the caller sets it to 0, as which the first layer done so reads it.
     """
     last = sizes.size - 2
     first = last - 1 if jac.size > 0 else 0
@@ -904,10 +904,9 @@ def _jac_blocks(theta, sizes, acts, jac, first, last):
 
 @functools.cache
 def _keep_freed_memory():
-    """Once per process, in glibc's malloc, which gives a large block back to the system when it is freed, so that the
-    next comes by page faults, unless one at least as large has been freed before.  This one, never written to, takes
-    no memory.  Without it, an update on 1,024 rows of CartPole-v1 took 670 page faults, a fifth of its time.  With it,
-    the process may keep 62 MB that it does not use.
+    """Once per process: glibc's malloc gives a freed block back to the system, and the next comes by page faults, until
+    it has seen one as large freed before.  So one is, never written to.  Without it, an update on 1,024 rows of
+    CartPole-v1 took 670 page faults, a fifth of its time.  With it, the process may keep 62 MB that it does not use.
     """
     np.empty(31 << 20, np.uint8)  # malloc learns from blocks of up to 32 MB
 
@@ -985,8 +984,8 @@ def _jtu(theta, v, sizes, acts, jac, m, nvec, u):
 
 
 # ============================================================================================== E5: conjugate gradients
-CG_STATUS = ("converged", "iteration limit", "negative curvature", "not finite")
-CONVERGED, ITERATION_LIMIT, NEGATIVE_CURVATURE, NOT_FINITE = range(4)
+CONVERGED, ITERATION_LIMIT = "converged", "iteration limit"
+NEGATIVE_CURVATURE, NOT_FINITE = "negative curvature", "not finite"
 
 
 @functools.partial(jit, fastmath={"reassoc"})  # may add up in the order that vectorizes, always the same
@@ -1022,15 +1021,15 @@ def _cg_step(x, r, p, Ap, alpha, rr, units, n_iter):
 def _cg(matvec, b, max_iter, tol):
     """x, the residual r = b - A x by recurrence, iterations and status of cg.  matvec may round more than b's dtype.
 
-    Residuals are orthogonal, but for rounding, which grows where eigenvalues are far apart, and then costs iterations.
-    So the first twenty, more than cg_iters by default, are made orthogonal to those before, at n_iter^2 P operations.
-    On CartPole-v1, ten iterations for the value function came 0 to 25% further so, and with products in float32 as far
-    as in float64, where they came 6% less far.
+    Residuals are orthogonal up to rounding, which grows where eigenvalues are far apart, and then costs iterations.
+    So the first twenty, more than cg_iters by default, are made orthogonal to those before, at n_iter^2 P operations:
+    2% of an update.  Without it, the value function's error after a step is 0 to 2% larger (eight environments), and a
+    policy step on the double pendulum gains 3% less.
     """
     x, r, p = np.zeros_like(b), b.copy(), b.copy()
     units = np.zeros((min(max_iter, 20), b.size), b.dtype)
     rr, limits = _dot(r, r), np.finfo(b.dtype)
-    stop = max(tol, float(limits.eps)) ** 2 * rr  # where F is singular, it would run away on rounding
+    stop = max(tol, float(limits.eps)) ** 2 * rr  # where F is singular, x would grow by rounding alone
     for n_iter in range(max_iter):
         if rr <= stop < np.inf:
             return x, r, n_iter, CONVERGED
@@ -1065,7 +1064,7 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
         return Ap
 
     x, r, n_iter, status = _cg(checked, b / scale, max_iter, tol)
-    return CGResult(x * scale, _dot(r, r) ** 0.5 * float(scale), n_iter, CG_STATUS[status])
+    return CGResult(x * scale, _dot(r, r) ** 0.5 * float(scale), n_iter, status)
 
 
 @jit
@@ -1201,7 +1200,7 @@ def _vjp(policy, theta, acts, u):
 def fvp(policy, theta, obs, v, damping=0.0):
     """F v + damping v (P,), F v = mean_n J_n^T M_n J_n v, E4: the Hessian of D(theta, .) at theta times v.
 
-    Three composed maps on cached activations: no second derivative, F never formed; twice the cost of a gradient.
+    Forward mode, M and reverse mode in turn: no second derivative, and F is never formed.
     The KL and its gradient are 0 at theta, so this Hessian is all there is to the KL nearby; the term with second
     derivatives of mu vanishes because it carries that gradient.
     """
@@ -1275,17 +1274,17 @@ def _trust_region_step(net, params, acts, mu, grad, objective, divergence, radiu
         params, grad, *_fisher(net, acts, mu), config.damping, config.cg_iters, config.cg_tol
     )
     step = {"accepted": False, "kl": 0.0, "surrogate": old, "surrogate_old": old, "step_length": 0.0, "backtracks": 0}
-    step |= {"curvature": curvature, "cg_iters": cg_iters, "cg_residual": cg_residual, "cg_status": CG_STATUS[status]}
+    step |= {"curvature": curvature, "cg_iters": cg_iters, "cg_residual": cg_residual, "cg_status": status}
     if not grad.any():
         step["reason"] = "zero gradient"
     elif not 0 < curvature < np.inf:  # also where it is NaN
-        step["reason"] = f"no step: curvature {curvature}, {CG_STATUS[status]}"
+        step["reason"] = f"no step: curvature {curvature}, {status}"
     else:
-        longest = min(np.sqrt(2 * radius / curvature), longest)  # E6
+        full = min(np.sqrt(2 * radius / curvature), longest)  # E6
         for j in range(config.max_backtracks):  # E7
-            step_length = longest * config.backtrack_coef**j
+            step_length = full * config.backtrack_coef**j
             candidate = params + params.dtype.type(step_length) * step_dir
-            acts_new = mu_new = None  # the memory of the last candidate's
+            acts_new = mu_new = None  # frees the last candidate's before the next
             acts_new = _activations(candidate, sizes, obs)
             mu_new = _outputs(net, candidate, acts_new)
             moved = divergence(mu_new)
@@ -1315,7 +1314,7 @@ def trpo_update(policy, theta, batch, config=Config()):
     # weights times adv at most 1: the step stays the same, and no square overflows; what has no weight counts as 0
     adv = np.where(batch.weights != 0, batch.adv, 0) / scale
     if scale == np.inf or _largest_over_ranks(float(np.abs(adv).max())) == np.inf:
-        raise ValueError(f"weights times adv must be of a size that {theta.dtype} can hold, got {scale} at most")
+        raise ValueError(f"weights times adv, {scale:.3g}, and adv over that must be of a size {theta.dtype} can hold")
     batch = batch._replace(adv=adv)
     acts = _activations(theta, np.array(policy.sizes), batch.obs)
     mu_old = _outputs(policy, theta, acts)
@@ -1396,9 +1395,9 @@ def _variance(x):
 def fit_value(value, phi, obs, returns, config=Config()):
     """E9: phi (Q,) after config.value_iters Gauss-Newton steps on mean_n (V_phi(s_n) - returns_n)^2 / 2.
 
-    The output's bias takes the mean error first: with gamma near 1 the level of the returns rises for long, and a step
-    that had to follow it would fit nothing else.  What is left is for the direction of the policy's step: V is the mean
-    of a Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
+    The output's bias takes the mean error first: with gamma near 1 the level of the returns keeps rising, and a step
+    that had to follow it would fit nothing else.  The rest is fitted by a step like the policy's: V is the mean of a
+    Gaussian of fixed variance, so M = I and F = mean_n J_n^T J_n is the Gauss-Newton matrix.  It is damped by
     value_damping times the variance of the returns, as the hidden layers' part of F goes with the square of the last
     layer's weights, and these with the returns.  They start small: returns should be of the order of 1, as
     normalize_reward makes them; those 30 times as large take several times as many fits.  There is no trust region:
@@ -1417,7 +1416,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
     returns, variance = returns - phi.dtype.type(level), _variance(returns[:, 0])
     if not np.isfinite(level + variance):
         raise ValueError(f"the squares of returns overflow, of up to {np.abs(returns).max():.3g}")
-    solve = config._replace(damping=config.value_damping * variance)
+    damped = config._replace(damping=config.value_damping * variance)
 
     def objective(new):
         return -float(_mean_over_ranks(np.square(returns - new, dtype=np.float64).mean(), len(obs)))
@@ -1429,7 +1428,7 @@ def fit_value(value, phi, obs, returns, config=Config()):
         values = _outputs(value, phi, acts)
         grad = _mean_over_ranks(_vjp(value, phi, acts, (returns - values) / len(obs)), len(obs))
         phi, acts, _, step = _trust_region_step(
-            value, phi, acts, values, grad, objective, unbounded, np.inf, 1.0, solve
+            value, phi, acts, values, grad, objective, unbounded, np.inf, 1.0, damped
         )
         if not step["accepted"]:  # nor would the next be
             break
@@ -1591,8 +1590,8 @@ def _make_env(env, /, **options):
 
 
 def _without_infos(env):
-    """env, each step's info left empty.  None is read here, and a VectorEnv gathers them entry by entry: a tenth of the
-    time of HalfCheetah-v5's steps, a seventh where each environment is in a process."""
+    """env, each step's info left empty.  Without autoreset nothing reads it, and a VectorEnv gathers it entry by entry:
+    a tenth of the time of HalfCheetah-v5's steps, a seventh where each environment is in a process."""
     import gymnasium as gym
 
     class WithoutInfos(gym.Wrapper):
@@ -1801,17 +1800,15 @@ class Rollout(NamedTuple):
 @jit
 def _act_rows(theta, sizes, nvec, log_std, raw, mean, inverse_std, limit, noise, acts, obs, mu, actions):
     """One vector step of the policy in one compiled call: normalise, forward, sample.  Whether raw was finite."""
-    n_rows, n_out = raw.shape[0], sizes[sizes.size - 1]
+    n_rows = raw.shape[0]
     finite = _normalize_rows(raw, mean, inverse_std, limit, obs)
-    _copy(obs, acts[: obs.size].reshape(obs.shape))
+    _copy(obs, _rows(acts, sizes, 0, 0, n_rows))
     for i in range(0, n_rows, BLOCK):
         _forward_block(theta, sizes, acts, i, min(i + BLOCK, n_rows))
-    out = acts[acts.size - n_rows * n_out :].reshape(n_rows, n_out)
+    _copy(_rows(acts, sizes, sizes.size - 1, 0, n_rows), mu)
     for i in range(n_rows):
-        for k in range(n_out):
-            mu[i, k] = out[i, k]
         for k in range(log_std.size):
-            mu[i, n_out + k] = log_std[k]
+            mu[i, mu.shape[1] - log_std.size + k] = log_std[k]
     _sample_rows(mu, nvec, noise, actions)
     return finite
 
@@ -1861,7 +1858,7 @@ def _check_rewards(rewards):
 def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n_saved=0):
     """n_steps of every environment under theta, from where runner stands (None: resets them): (Rollout, Runner).
 
-    The rows are those of a serial loop in each environment, whatever the autoreset mode, but for the last observations
+    The rows are those of a serial loop in each environment, whatever the autoreset mode, except the last observations
     of environments that reuse an array, in SAME_STEP.  obs_stats stays as it is.
     The environments are saved, for branch, before n_saved of the steps, one in each of so many equal stretches.
     Raises ValueError where an observation or a reward is not finite.
@@ -1981,7 +1978,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
 
 # ============================================================================================================= training
 class TrainState(NamedTuple):
-    """All that training carries from one update to the next, but for the environments and earlier rollouts."""
+    """All that training carries from one update to the next, except the environments and earlier rollouts."""
 
     env: str  # its id, or what it calls itself
     env_args: dict  # of gym.make, with which --resume and --eval make it
@@ -2033,10 +2030,11 @@ def init_state(env, policy, config, seed, env_args=None):
 
 
 def _centre(adv, weights=1.0, group=None):
-    """adv minus its weighted mean over each group (None: over all); 0 where what is left is that mean's rounding."""
+    """adv minus its weighted mean over each group (None: over all); 0 where what is left is that mean's rounding, so
+    that equal advantages give no step."""
     mean = _group_mean(weights * adv, group) if group else _mean_over_ranks(adv.mean(), len(adv))
     group, centred = group or len(adv), adv - mean
-    digits = (16 + np.log2(group)) * np.finfo(adv.dtype).eps  # NumPy sums by halves, down to 128 rows, these in 8 sums
+    digits = (16 + np.log2(group)) * np.finfo(adv.dtype).eps  # NumPy's mean: 8 sums of 16 rows, then by halves
     noise = digits * np.abs(adv).reshape(-1, group).max(axis=1)
     return np.where(np.repeat(np.abs(centred).reshape(-1, group).max(axis=1) > noise, group), centred, 0)
 
@@ -2072,7 +2070,7 @@ def _real_rows(rollout, *arrays):
 
 def _targets(state, rollout, branches, earlier, scale):
     """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
-    function, and the variance of the returns that it explained so far.
+    function, and the fraction of the returns' variance that it explained before.
 
     The rows of one rollout are alike.  Every n-th row of n rollouts is as many rows, less alike, and from the n-th
     rollout on each row once in n updates.  Earlier rollouts are normalised and valued as of now; that they are of
@@ -2103,7 +2101,7 @@ def _max_kl_now(state, adv):
     than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
     full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
     the advantages, and its KL with their square.  P is a plain mean at first, so that a short run is not held against
-    its first rollout, and then forgets old ones: a mean of all held Walker2d-v5 and Swimmer-v5 back.  With
+    its first rollout, and then forgets: with a mean of all, Walker2d-v5 and Swimmer-v5 learn less.  With
     normalize_reward, adv is in units of the returns' deviation so far: where the returns grow, advantages as large as
     before count as smaller.
     """
@@ -2118,9 +2116,9 @@ def learn(state, rollout, branches=None, earlier=()):
     """One iteration on a rollout of state's policy: reward statistics, advantages, trpo_update, fit_value.
 
     earlier: rollouts that the value function is fitted to as well, the oldest first.  With branches, the policy learns
-    from these, and the value function also, but for the first row of each branch.  Observation statistics move last:
-    rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo, explained variance of the value
-    function on the rollout).
+    from these, and the value function also, except from the first row of each branch.  Observation statistics move
+    last: rollout and update see one and the same policy.  Returns (TrainState, UpdateInfo, explained variance of the
+    value function on the rollout).
     """
     config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
@@ -2186,10 +2184,10 @@ def _iterate(envs, state, threshold, callback):
     config, policy, stop, handled = state.config, state.policy, False, sys.exc_info()[1]
     try:
         _check_ranks_agree("state, seed or config", lambda: _arrays(state))
-        if least > config.total_steps:
-            raise ValueError(f"total_steps must be at least the {least} of one update, got {config.total_steps}")
         n_envs = _sum_over_ranks(envs.num_envs)
         n_saved, least = _vine_plan(envs, policy, config) if config.sampling == "vine" else (0, n_envs)
+        if least > config.total_steps:
+            raise ValueError(f"total_steps must be at least the {least} of one update, got {config.total_steps}")
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng_state
         if _ranks is not None:  # a stream for each rank; state has that of rank 0
@@ -2429,7 +2427,7 @@ def _lock(out, stack):
 
 
 def _start_folder(out, state, stack):
-    """Makes a run's folder, and has it locked; ValueError if it holds anything already, but for what a process leaves
+    """Makes a run's folder, and has it locked; ValueError if it holds anything already, except what a process leaves
     that is killed in here."""
     out.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in out.iterdir() if not path.match("*.[0-9]*.tmp")}
@@ -2437,7 +2435,7 @@ def _start_folder(out, state, stack):
         resume = f", or --resume {out}" if (out / "checkpoint.npz").exists() else ""
         raise ValueError(f"{out} is not empty, and is not overwritten: choose another --out{resume}")
     _lock(out, stack)
-    if (out / "checkpoint.npz").exists():  # by now
+    if (out / "checkpoint.npz").exists():  # another process was faster
         raise ValueError(f"{out} is in use by another process")
     save(state, out / "checkpoint.npz")
     _write_config(out, state)
@@ -2484,8 +2482,8 @@ def _curve(runs):
     for the steps that all of them took."""
     from scipy.special import stdtrit
 
-    columns = [np.array([[row[name] for name in ("steps", "return_mean", "return_min", "return_max")] for row in run]).T
-               for run in runs]  # fmt: skip
+    names = "steps", "return_mean", "return_min", "return_max"
+    columns = [np.array([[row[name] for name in names] for row in run]).T for run in runs]
     if len(runs) == 1:
         return columns[0]
     steps = np.linspace(max(each[0, 0] for each in columns), min(each[0, -1] for each in columns), 200)
@@ -2539,7 +2537,7 @@ EXAMPLES = """Trust Region Policy Optimization on NumPy, Numba and Gymnasium.
   trpo_min.py --eval ant --episodes 20 --video videos   play it, and record it
   trpo_min.py --plot runs/CartPole-v1-*                 learning curves as a PNG
 """
-_MODES = {  # and the options that go with each, but for those that go with all
+_MODES = {  # and the options of each, besides --quiet and --debug
     "env": {"env_args", "seed", "out", "tensorboard", *Config._fields},
     "resume": {"total_steps", "stop_when_solved", "tensorboard"},
     "eval": {"env_args", "seed", "episodes", "render", "video"},
@@ -2609,10 +2607,8 @@ def _parser():
     run = parser.add_argument_group("the run")
     run.add_argument("--env-args", type=json_object, metavar="JSON", help="arguments of the environment (default: {})")
     run.add_argument("--seed", type=integer, metavar="N", help="of everything random (default: 0)")
-    run.add_argument(
-        "--out", type=Path, metavar="PATH", help="folder of the run, or file of the plot (default: "
-        "runs/<env>-<time>-seed<N>, learning_curves.png)",
-    )  # fmt: skip
+    out = "folder of the run, or file of the plot (default: runs/<env>-<time>-seed<N>, learning_curves.png)"
+    run.add_argument("--out", type=Path, metavar="PATH", help=out)
     run.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard too")
     run.add_argument("--quiet", action="store_true", default=False, help="print the result only")
     run.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
@@ -2654,7 +2650,7 @@ def _header(envs, state, given):
         f"policy {policy_sizes} ({state.policy.head}, {n_params(state.policy):,} parameters), value {value_sizes}\n"
         f"at most {state.config.total_steps:,} steps in {ranks}{envs.num_envs} environments, {state.config.sampling}, "
         f"{state.config.dtype}, "
-        + (f"resumed after {state.steps:,} steps" if "resume" in given else f"seed {given.get('seed', 0)}")
+        + (f"resumed after {state.steps:,} steps" if "resume" in given else f"seed {state.seed}")
     )
 
 
@@ -2957,11 +2953,9 @@ def main(argv=None):
             sys.path.append("")  # module:Name-v0 may be a file here
         if argv is None:
             gc.freeze()  # at its end the process would search all that it imported for cycles, for 0.1 s
-        if mode in ("eval", "plot") and rank:
-            return 0
         try:
             if mode in ("eval", "plot"):
-                return {"eval": _run_eval, "plot": _run_plot}[mode](given)
+                return 0 if rank else {"eval": _run_eval, "plot": _run_plot}[mode](given)
             comm = _world(n_ranks)
             if comm is not None and "NUMBA_NUM_THREADS" not in os.environ:
                 numba.config.NUMBA_NUM_THREADS = 1  # a core for each rank
