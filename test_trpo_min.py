@@ -2842,6 +2842,66 @@ def test_the_end_of_an_environments_process_ends_training_with_what_was_learned(
     assert not multiprocessing.active_children()
 
 
+class Unlucky(Counter):
+    def step(self, action):
+        raise self.salt
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium tells of the error as well
+@pytest.mark.parametrize("error", [ConnectionResetError("lost"), EOFError("no more")])
+def test_what_an_environment_raises_in_its_process_is_not_taken_for_the_end_of_it(error):
+    config = tm.Config(num_envs=2, vector="async", hidden=(4,))
+    with pytest.raises(type(error), match=str(error)):
+        tm.train(functools.partial(Unlucky, error), config)
+
+
+def test_spaces_that_are_not_supported_are_named_before_processes_are_started():
+    class Listing(Counter):
+        observation_space = spaces.Sequence(spaces.Discrete(2))
+
+    with pytest.raises(ValueError, match=r"^observation space Sequence"):
+        tm.train(Listing, tm.Config(vector="async"))
+
+
+class Stuck(Counter):
+    def close(self):
+        raise RuntimeError("cannot close")
+
+
+def test_an_environment_that_cannot_be_closed_takes_nothing_along():
+    config = tm.Config(num_envs=2, total_steps=200, rollout_steps=100, hidden=(4,))
+    with pytest.warns(UserWarning, match="cannot close"):
+        state = tm.train(Stuck, config)
+    assert state.updates == 2
+    with pytest.warns(UserWarning, match="cannot close"):
+        assert len(tm.evaluate(state, Stuck, 3)[0]) == 3
+
+    def fail(state, *_):
+        raise OSError("full")
+
+    with pytest.warns(UserWarning, match="cannot close"), pytest.raises(OSError, match="full") as caught:
+        tm.train(Stuck, config, callback=fail)
+    assert caught.value.state.updates == 1
+
+
+class Lasting(Walk):
+    """Observes NaN where an episode terminates."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,))
+
+    def _obs(self):
+        return np.where((np.abs(self.x) > 4) & (self.t > 0), np.nan, self.x)
+
+
+SAMPLING = [*(("single_path", mode) for mode in AutoresetMode), ("vine", AutoresetMode.DISABLED)]
+
+
+@pytest.mark.parametrize(("sampling", "mode"), SAMPLING)
+def test_what_is_observed_where_an_episode_terminates_is_of_no_account(sampling, mode):
+    config = tm.Config(sampling=sampling, total_steps=4000, rollout_steps=200, vine_states=8, vine_steps=6, hidden=(4,))
+    assert tm.train(SyncVectorEnv([Lasting] * 2, autoreset_mode=mode), config).episodes > 100
+
+
 def test_environments_in_processes_of_their_own_give_the_bits_of_those_in_this_one():
     config = tm.Config(total_steps=2000, num_envs=3)
     here, there = (tm.train("CartPole-v1", config._replace(vector=vector), seed=2) for vector in ("sync", "async"))

@@ -1617,8 +1617,8 @@ def _make_one(env, options, trainer):
 
 @contextlib.contextmanager
 def _closing(envs):
-    """Closes envs at the end.  After an error, which may be the end of one of their processes, it kills these first:
-    AsyncVectorEnv would wait for their answers."""
+    """Closes envs at the end, whatever close raises: what was learned must come back.  After an error, which may be the
+    end of one of their processes, it kills these first: AsyncVectorEnv would wait for their answers."""
     try:
         yield envs
     except BaseException:
@@ -1628,7 +1628,10 @@ def _closing(envs):
             envs.closed = True
         raise
     finally:
-        envs.close()
+        try:
+            envs.close()
+        except BaseException as error:
+            warnings.warn(f"{envs} was not closed: {error!r}", stacklevel=1)
 
 
 def _make_envs(env, config, /, **options):
@@ -2260,7 +2263,7 @@ def evaluate(state, env, episodes=20, seed=0):
 
     _check_number("episodes", episodes, int, "[1, inf)")
     given, env, results = env, _make_env(env, **(state.env_args if env == state.env else {})), []
-    with contextlib.nullcontext() if env is given else contextlib.closing(env):
+    with contextlib.nullcontext() if env is given else _closing(env):
         if isinstance(env, gym.vector.VectorEnv):
             raise ValueError("evaluate plays one episode after another: give it an id or a gym.Env, not a VectorEnv")
         if make_policy(env.observation_space, env.action_space, state.policy.sizes[1:-1]) != state.policy:
@@ -2882,7 +2885,7 @@ def _run_eval(given):
         raise ValueError(f"{state.env} cannot be recorded: it has no render mode rgb_array")
     if video:
         env = gym.wrappers.RecordVideo(env, str(video), episode_trigger=lambda _: True)
-    with contextlib.closing(env):
+    with _closing(env):
         returns, lengths = evaluate(state, env, given.get("episodes", 20), given.get("seed", 0))
     _say(
         f"{state.env}, {len(returns)} episodes: return {returns.mean():.1f} +- {returns.std():.1f}, "
