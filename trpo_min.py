@@ -1902,6 +1902,7 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
             elif mode == AutoresetMode.DISABLED:
                 raw_obs[t + 1] = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
     raw_obs, last_obs = raw_obs[:n_steps], raw_obs[n_steps]
+                raw_obs[t + 1, ended] = np.nan_to_num(raw_obs[t + 1, ended], posinf=0, neginf=0)  # as it is acted on
     _check_observed(np.isfinite(last_obs).all(), last_obs)
     resetting, real = ~real[n_steps], real[:n_steps]
     terminated, truncated, rewards[~real] = terminated & real, truncated & real, 0
@@ -1952,7 +1953,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
         for env, each, seed in zip(envs, saved, env_seeds[s], strict=True):
             restore_env(env, each)
             env.np_random = np.random.default_rng(seed)
-        current = last_obs[s, k]  # of a branch that has ended, it stays as it is
+        current = last_obs[s, k]  # of a branch that has ended, it stays as it is: nothing follows
         current[:] = rollout.raw_obs[t]
         for at in ((s, k, i) for i in range(L)):
             raw_obs[at] = current
@@ -1963,7 +1964,8 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
             env_actions = _env_actions(policy, actions[at])
             for e in np.flatnonzero(real[at]):
                 seen, rewards[(*at, e)], terminated[(*at, e)], truncated[(*at, e)], _ = envs[e].step(env_actions[e])
-                current[e] = flatten(envs[e].observation_space, seen)
+                if not terminated[(*at, e)]:
+                    current[e] = flatten(envs[e].observation_space, seen)
         _check_observed(np.isfinite(current).all(), current)
     _check_rewards(rewards)
     for env, each in zip(envs, before, strict=True):
