@@ -3943,6 +3943,26 @@ def test_a_signal_stops_a_run_after_the_update_and_saves_it(tmp_path, name):
     assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1
 
 
+def test_a_signal_to_the_processes_of_the_environments_too_is_an_interrupt(tmp_path):
+    command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Pendulum-v1", "--vector", "async", "--out", "here"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while "  return " not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == "" or errors.startswith("trpo_min: interrupted; the state after")  # as the processes end in time
+    assert tm.load(tmp_path / "here" / "checkpoint.npz").updates >= 1
+
+
+def test_an_output_that_lacks_the_letters_of_a_path_fails_no_run(tmp_path):
+    argv = "--env", "CartPole-v1", *QUICK, "--total-steps", 32, "--quiet", "--out", "\u00fc"
+    result = run(HERE / "trpo_min.py", *argv, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "saved in \\xfc" in result.stdout, result.stderr
+
+
 def test_a_second_signal_interrupts_a_long_update_and_still_saves(tmp_path):
     command = [sys.executable, str(HERE / "trpo_min.py"), "--env", "Pendulum-v1", "--out", "here"]
     process = subprocess.Popen(

@@ -2846,8 +2846,8 @@ def _run_train(given):
                 raise ValueError(f"no update is left to do after {start.steps:,} steps: to go on, give {more}")
         except BaseException as error:
             error.fate = _save_what_there_is(getattr(error, "state", start), start, out, given, existed)
-            if signals and isinstance(error, KeyboardInterrupt):
-                error.code = 128 + signals[0]
+            if signals:  # which may have ended a process of the environments too, or the compiler
+                error.signal = signals[0]
             raise
         n = len(state.returns)
         _say(
@@ -2935,8 +2935,8 @@ def _report(error, debug, rank):
     ours = isinstance(error, OSError) or frames[-1:] == [_report.__code__.co_filename]
     what = str(error) if expected and ours else f"{type(error).__name__}: {error} (--debug shows where)"
     code = 2 if expected else 1
-    if isinstance(error, KeyboardInterrupt):
-        what, code = "interrupted", getattr(error, "code", 128 + signal.SIGINT)
+    if number := getattr(error, "signal", signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0):
+        what, code = "interrupted", 128 + number
     where = f"rank {rank}: " if rank else ""
     print(f"trpo_min: {where}{' '.join(what.split())}{getattr(error, 'fate', '')}", file=sys.stderr, flush=True)
     return code
