@@ -3455,7 +3455,7 @@ def set_first(value):
         ({"obs": lambda a: a[:, :2]}, r"obs must have shape \(any, 3\), got \(60, 2\)"),
         ({"obs": lambda a: a[0]}, "obs must have shape"),
         ({"obs": lambda a: a[:0]}, "obs must not be empty"),
-        ({"obs": set_first(np.nan)}, r"obs must be finite, got NaN or infinity at index \[0 0\]"),
+        ({"obs": set_first(np.nan)}, r"obs must be finite in float64, got NaN or infinity at index \[0 0\]"),
         ({"obs": set_first(np.inf)}, "obs must be finite"),
         ({"obs": lambda a: a.astype(str)}, "obs must be"),
         ({"obs": lambda a: a.astype(complex)}, "obs must be"),
@@ -4682,6 +4682,26 @@ def test_what_the_environment_was_made_with_is_kept_by_train_too(tmp_path, capsy
     gym.register("Held-v0", lambda held: gym.make("CartPole-v1").unwrapped)
     assert tm.train(lambda: gym.make("Held-v0", held={1}), config).env_args == {}  # no JSON
     del gym.registry["Held-v0"]
+
+
+def test_the_module_of_an_environment_is_kept_by_train_too(tmp_path, monkeypatch):
+    lines = "import gymnasium", "entry = 'gymnasium.envs.classic_control:PendulumEnv'"
+    (tmp_path / "registers.py").write_text("\n".join((*lines, "gymnasium.register('There-v0', entry, None, False, 9)")))
+    monkeypatch.syspath_prepend(tmp_path)
+    state = tm.train("registers:There-v0", tm.Config(total_steps=300, rollout_steps=100, hidden=(4,)))
+    tm.save(state, tmp_path / "checkpoint.npz")
+    del gym.registry["There-v0"], sys.modules["registers"]
+    main("--eval", tmp_path, "--episodes", 2)
+    assert set(tm.evaluate(state, state.env, 2)[1]) == {9}
+
+
+def test_bounds_of_any_type_can_be_saved(tmp_path):
+    class Long(Counter):
+        action_space = spaces.Box(-1.0, 1.0, (1,), np.longdouble)
+
+    state = tm.train(Long, tm.Config(total_steps=100, rollout_steps=50, hidden=(4,)))
+    tm.save(state, tmp_path / "checkpoint.npz")
+    assert same(tm.load(tmp_path), state)
 
 
 def test_environment_arguments_are_kept_for_evaluation_and_resuming(tmp_path, capsys):

@@ -396,9 +396,11 @@ def _finite(name, array, shape, dtype=None):
         raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
     if array.size == 0 and 0 not in shape:
         raise ValueError(f"{name} must not be empty, got shape {array.shape}")
-    array = np.require(array, dtype, ["C", "A", "W"])
+    with np.errstate(over="ignore"):
+        array = np.require(array, dtype, ["C", "A", "W"])
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity at index {np.argwhere(~np.isfinite(array))[0]}")
+        index = np.argwhere(~np.isfinite(array))[0]
+        raise ValueError(f"{name} must be finite in {dtype}, got NaN or infinity at index {index}")
     return array
 
 
@@ -1504,8 +1506,8 @@ def make_policy(observation_space, action_space, hidden=(64, 64)):
     shape, dtype = action_space.shape or (), np.dtype(action_space.dtype or object).name
     common = {"action_shape": shape, "action_dtype": dtype}
     if isinstance(action_space, spaces.Box):
-        outputs, low, high = int(np.prod(shape)), action_space.low.ravel(), action_space.high.ravel()
-        head = {"head": "gaussian", "low": tuple(low.tolist()), "high": tuple(high.tolist())}
+        outputs, (low, high) = int(np.prod(shape)), np.array([action_space.low, action_space.high], float)
+        head = {"head": "gaussian", "low": tuple(low.ravel().tolist()), "high": tuple(high.ravel().tolist())}
     elif isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         nvec = 2 if isinstance(action_space, spaces.MultiBinary) else getattr(action_space, "nvec", None)
         nvec = np.broadcast_to(action_space.n if nvec is None else nvec, shape).ravel().tolist()
@@ -1652,6 +1654,7 @@ def _make_envs(env, config, /, **options):
     if config.vector == "async":
         if first is env:
             raise ValueError(f"vector='async' needs an id, or a callable to call in other processes, got {env}")
+        make_policy(first.observation_space, first.action_space)  # says which spaces are not supported
         first.close()
         envs = AsyncVectorEnv([one] * n_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False)
         envs.spec = first.spec  # asked for later, it would have to cross a pipe, which not every spec can
@@ -1899,10 +1902,10 @@ def collect(envs, policy, theta, obs_stats, runner, rng, n_steps, gamma=0.995, n
                 _check_observed(np.isfinite(final_obs[-1]).all(), final_obs[-1])
             if mode == AutoresetMode.NEXT_STEP:
                 real[t + 1] = ~ended
+                raw_obs[t + 1, ended] = np.nan_to_num(raw_obs[t + 1, ended], posinf=0, neginf=0)  # as it is acted on
             elif mode == AutoresetMode.DISABLED:
                 raw_obs[t + 1] = flatten_obs(space, envs.reset(options={"reset_mask": ended})[0], E)
     raw_obs, last_obs = raw_obs[:n_steps], raw_obs[n_steps]
-                raw_obs[t + 1, ended] = np.nan_to_num(raw_obs[t + 1, ended], posinf=0, neginf=0)  # as it is acted on
     _check_observed(np.isfinite(last_obs).all(), last_obs)
     resetting, real = ~real[n_steps], real[:n_steps]
     terminated, truncated, rewards[~real] = terminated & real, truncated & real, 0
@@ -2215,7 +2218,8 @@ def _iterate(envs, state, threshold, callback):
             stop = _largest_over_ranks(bool(callback and callback(state, info, explained)))
     except BaseException as error:
         error = _interrupt_behind(error, handled) or error
-        if isinstance(error, (EOFError, ConnectionError)) and hasattr(envs, "processes"):
+        lost = not error.args if isinstance(error, EOFError) else isinstance(error, ConnectionError) and error.errno
+        if lost and hasattr(envs, "processes"):  # what an environment raises comes without a number
             error = RuntimeError("the process of an environment has ended")
         try:
             error.state = state
@@ -2246,6 +2250,7 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
         if state is None:
             first = getattr(envs.unwrapped, "envs", (envs,))[0]
             name, env_args = (spec.id, _env_args(spec)) if spec else (type(first.unwrapped).__name__, {})
+            name = env if isinstance(env, str) else name  # with its module: "mine:Maze-v0"
             state = init_state(name, policy, config, seed, env_args)
         elif (policy, config.dtype) != (state.policy, state.theta.dtype):
             raise ValueError(
@@ -2660,9 +2665,11 @@ def _header(envs, state, given):
 
 
 def _say(text):
-    """Print; a reader who has gone, or a full disk behind the output, does not end the training."""
+    """Print; a reader who has gone, a full disk behind the output, or one without these letters ends no training."""
     try:
         print(text, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(text)[1:-1], flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -2799,12 +2806,12 @@ def _old_run(given, settings, stack):
         out = out.parent
     if not out.is_dir():
         raise ValueError(f"{out} is not the folder of a run")
-    load(out)
-    _lock(out, stack)
+    start = load(out)
+    envs = stack.enter_context(_closing(_make_envs(start.env, start.config, **start.env_args)[0]))
+    _lock(out, stack)  # after their processes have started, which would hold it longer than this one
     start = load(out)  # again, as another process may have had it until now
     start = start._replace(config=start.config._replace(**settings))
     check_config(start.config)
-    envs = stack.enter_context(_closing(_make_envs(start.env, start.config, **start.env_args)[0]))
     _cut_progress(out, start.updates)
     return envs, start, out
 
