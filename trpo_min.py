@@ -2669,7 +2669,7 @@ def _say(text):
     try:
         print(text, flush=True)
     except UnicodeEncodeError:
-        print(ascii(text)[1:-1], flush=True)
+        print(text.encode("ascii", "backslashreplace").decode(), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
