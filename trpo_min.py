@@ -2109,9 +2109,8 @@ def _max_kl_now(state, adv):
     than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
     full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
     the advantages, and its KL with their square.  P is a plain mean at first, so that a short run is not held against
-    its first rollout, and then forgets: with a mean of all, Walker2d-v5 and Swimmer-v5 learn less.  With
-    normalize_reward, adv is in units of the returns' deviation so far: where the returns grow, advantages as large as
-    before count as smaller.
+    its first rollout, and then forgets old ones, unless kl_memory is 1.  With normalize_reward, adv is in units of the
+    returns' deviation so far: where the returns grow, advantages as large as before count as smaller.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
