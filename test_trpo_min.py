@@ -2842,6 +2842,16 @@ def test_the_end_of_an_environments_process_ends_training_with_what_was_learned(
     assert not multiprocessing.active_children()
 
 
+def test_processes_that_have_ended_are_closed_without_a_word():
+    def end(*_):
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join()
+        return True
+
+    assert tm.train("Pendulum-v1", tm.Config(vector="async", rollout_steps=60, hidden=(4,)), callback=end).updates == 1
+
+
 class Unlucky(Counter):
     def step(self, action):
         raise self.salt
@@ -4214,6 +4224,20 @@ def test_what_a_process_leaves_that_is_killed_before_its_first_checkpoint_is_no_
     os.unlink(folder / "checkpoint.npz")
     assert tm.main(["--env", "CartPole-v1", "--out", str(folder)]) == 2
     assert "is not overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc")
+@pytest.mark.parametrize("mode", ["env", "resume"])
+def test_no_process_of_an_environment_holds_the_lock_of_a_run(tmp_path, mode):
+    main("--env", "Pendulum-v1", *QUICK, "--vector", "async", "--total-steps", 32, "--out", tmp_path / "run")
+    given = {"env": "Pendulum-v1", "resume": tmp_path / "run", "out": tmp_path / "new"}
+    with contextlib.ExitStack() as stack:
+        open_run = {"env": tm._new_run, "resume": tm._old_run}[mode]
+        envs, _, out = open_run(given, {"vector": "async"} if mode == "env" else {}, stack)
+        assert str(out / "progress.csv") in [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
+        for process in envs.processes:
+            files = [os.path.realpath(each) for each in Path(f"/proc/{process.pid}/fd").iterdir()]
+            assert str(out / "progress.csv") not in files
 
 
 def test_a_run_is_resumed_by_one_process_at_a_time_by_its_folder_or_checkpoint(run_folder, capsys):

@@ -1619,17 +1619,18 @@ def _make_one(env, options, trainer):
 
 @contextlib.contextmanager
 def _closing(envs):
-    """Closes envs at the end, whatever close raises: what was learned must come back.  After an error, which may be the
-    end of one of their processes, it kills these first: AsyncVectorEnv would wait for their answers."""
+    """Closes envs at the end, whatever close raises: what was learned must come back.  After an error, or where one of
+    their processes has ended, it kills these first: AsyncVectorEnv would wait for their answers."""
+    failed, processes = True, getattr(envs, "processes", ())
     try:
         yield envs
-    except BaseException:
-        for process in getattr(envs, "processes", ()):
-            process.kill()
-            process.join()
-            envs.closed = True
-        raise
+        failed = False
     finally:
+        if failed or not all(process.is_alive() for process in processes):
+            for process in processes:
+                process.kill()
+                process.join()
+                envs.closed = True
         try:
             envs.close()
         except BaseException as error:
