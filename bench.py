@@ -1231,13 +1231,13 @@ def followed(env, settings, steps):
         reward_stats = tm.update_stats(state.reward_stats, rollout.discounted[rollout.real][:, None])
         scale = reward_scale(state._replace(reward_stats=reward_stats))
         monte_carlo = state._replace(config=state.config._replace(lam=1.0))
-        _, obs, G, _ = tm._targets(monte_carlo, rollout, None, (), scale)
+        _, obs, G, *_ = tm._targets(monte_carlo, rollout, None, (), scale)
         for name, changes in FITS.items():
             mine = state._replace(phi=phis.get(name, state.phi), config=state.config._replace(**changes))
             error = tm.forward(state.value, mine.phi, obs)[:, 0] - G
             start = time.perf_counter()
             earlier = rollouts[-mine.config.value_rollouts : -1]
-            _, *rows, _ = tm._targets(mine, rollout, None, earlier, scale)
+            _, *rows, _, _ = tm._targets(mine, rollout, None, earlier, scale)
             phis[name] = tm.fit_value(state.value, mine.phi, *rows, mine.config)
             found[name].append((1 - np.var(error) / np.var(G), time.perf_counter() - start))
         return learn(state, rollout, *rest)

@@ -2172,7 +2172,7 @@ def test_the_trust_region_falls_linearly_to_nothing_over_total_steps_or_stays(kl
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.75, 1.0]))
-def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(factors, memory):
+def test_the_trust_region_shrinks_with_advantages_and_returns_that_are_smaller_than_before(factors, memory):
     """Before: the plain mean of the rollouts while these are few, then one that forgets if memory < 1."""
     envs = counters(2, AutoresetMode.SAME_STEP)
     config = tm.Config(hidden=(4,), normalize_reward=False, kl_schedule="constant", kl_memory=memory)
@@ -2182,24 +2182,34 @@ def test_the_trust_region_shrinks_with_advantages_that_are_smaller_than_before(f
     seen, powers, update = [], [], tm.trpo_update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tm, "trpo_update", lambda *args: seen.append(args[-1].max_kl) or update(*args))
-        for factor in (1.0, *factors):  # with V = 0 the advantages scale with the rewards
+        for factor in (1.0, *factors):  # with V = 0 the advantages, and the returns, scale with the rewards
             scaled = rollout._replace(rewards=factor * rollout.rewards)
             state, *_ = tm.learn(state._replace(theta=theta, phi=phi), scaled)
-            powers.append(state.adv_power)
+            powers.append(state.powers)
     squares, window = np.square([1.0, *factors]), round(1 / (1 - memory)) if memory < 1 else np.inf
+    _, returns = tm._advantages(state._replace(phi=phi), rollout, rollout.rewards)
+    assert isclose(powers[0][1], returns[rollout.real].var(), rtol=1e-9)
     for n, (max_kl, power) in enumerate(zip(seen, powers, strict=True), 1):
         age = np.arange(n)[::-1].clip(0, max(n - window, 0))
         weights = memory**age / min(n, window)
-        assert isclose(power, weights @ squares[:n] * powers[0], rtol=1e-9)
-        assert isclose(max_kl, state.config.max_kl * min(1.0, squares[n - 1] * powers[0] / power), rtol=1e-9)
+        assert allclose(power, weights @ squares[:n] * np.array(powers[0]), rtol=1e-9)
+        assert isclose(max_kl, state.config.max_kl * min(1.0, squares[n - 1] / (weights @ squares[:n])), rtol=1e-9)
+
+
+@given(st.floats(0.001, 2.0), st.floats(0.001, 2.0))
+def test_the_trust_region_stays_while_either_advantages_or_returns_are_as_large_as_before(adv, variance):
+    state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,), kl_memory=1.0))[0]
+    state = state._replace(powers=(4.0, 9.0), updates=10**9)  # means that one more rollout moves by 1e-8 at most
+    max_kl, _ = tm._max_kl_now(state, np.full(10, 2.0 * adv**0.5), 9.0 * variance)
+    assert isclose(max_kl, state.config.max_kl * min(1.0, max(adv, variance)), rtol=1e-8)
 
 
 def test_rollouts_without_any_advantage_leave_the_trust_region_alone():
     state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,), kl_memory=0.9))[0]
-    assert tm._max_kl_now(state, np.zeros(10)) == (state.config.max_kl, 0.0)
-    state = state._replace(adv_power=4.0, updates=1000)
-    assert tm._max_kl_now(state, np.zeros(10)) == (state.config.max_kl, state.config.kl_memory * 4.0)
-    assert tm._max_kl_now(state._replace(adv_power=0.0), np.full(10, 0.1))[0] == state.config.max_kl
+    assert tm._max_kl_now(state, np.zeros(10), 0.0) == (state.config.max_kl, (0.0, 0.0))
+    later = state._replace(powers=(4.0, 2.0), updates=1000)
+    assert tm._max_kl_now(later, np.zeros(10), 0.0) == (state.config.max_kl, (0.9 * 4.0, 0.9 * 2.0))
+    assert tm._max_kl_now(state._replace(updates=1000), np.full(10, 0.1), 0.01)[0] == state.config.max_kl
 
 
 @given(st.sampled_from([0.1, 1.0, 1000.0]))

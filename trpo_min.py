@@ -283,7 +283,7 @@ class Config(NamedTuple):
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     kl_memory: Annotated[
-        float, "[0, 1]", "decay of P, the mean adv^2 so far; max_kl is times adv^2 / P where that is below 1; 0: never"
+        float, "[0, 1]", "decay of what adv^2 and the variance of returns were; max_kl is less where both are; 0: never"
     ] = 0.95
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
@@ -2000,7 +2000,7 @@ class TrainState(NamedTuple):
     obs_stats: RunningStats
     reward_stats: RunningStats
     rng_state: dict  # of the np.random.Generator
-    adv_power: float = 0.0  # mean square of the advantages so far, as kl_memory weighs them
+    powers: tuple[float, float] = (0.0, 0.0)  # mean adv^2 and variance of the returns so far, as kl_memory weighs them
     steps: int = 0  # environment steps taken
     updates: int = 0
     episodes: int = 0  # finished
@@ -2079,7 +2079,7 @@ def _real_rows(rollout, *arrays):
 
 def _targets(state, rollout, branches, earlier, scale):
     """What an iteration learns from, rewards times scale: the policy's batch, observations and returns for the value
-    function, and the fraction of the returns' variance that it explained before.
+    function, the variance of the rollout's returns, and the fraction of it that the value function explained before.
 
     The rows of one rollout are alike.  Every n-th row of n rollouts is as many rows, less alike, and from the n-th
     rollout on each row once in n updates.  Earlier rollouts are normalised and valued as of now; that they are of
@@ -2100,24 +2100,29 @@ def _targets(state, rollout, branches, earlier, scale):
         branch_adv, branch_returns = _advantages(state, branches, branches.rewards * scale)
         batch, later = _vine_batch(state.policy, state.config, branches, branch_adv), branches.real[1:]
         rows.append((branches.obs[1:][later], branch_returns[1:][later]))
-    return batch, *(np.concatenate(parts) for parts in zip(*rows, strict=True)), explained
+    return batch, *(np.concatenate(parts) for parts in zip(*rows, strict=True)), variance, explained
 
 
-def _max_kl_now(state, adv):
-    """max_kl of an update on advantages adv, and the mean square P of advantages up to these.
+def _max_kl_now(state, adv, variance):
+    """max_kl of an update on advantages adv of a rollout whose returns have this variance, and state.powers with both.
 
-    max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 / P where that is less
-    than 1.  The step of E6 is as long for noise as for news: where a task is solved and no episode of a rollout fails,
-    full steps on what is left of the advantages lead away again.  A natural gradient step of fixed rate shrinks with
-    the advantages, and its KL with their square.  P is a plain mean at first, so that a short run is not held against
-    its first rollout, and then forgets old ones, unless kl_memory is 1.  With normalize_reward, adv is in units of the
-    returns' deviation so far: where the returns grow, advantages as large as before count as smaller.
+    max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 and the variance of the
+    returns where both are smaller than they were: to the larger of the two shares of their means.  The step of E6 is as
+    long for noise as for news: where a task is solved and no episode of a rollout fails, full steps on what is left of
+    the advantages lead away again.  A natural gradient step of fixed rate shrinks with the advantages, and its KL with
+    their square.  But a policy that fails at all times alike has small advantages too, once the value function
+    foresees it: then the returns vary as before, and the steps stay full.  The means are plain at first, so that a
+    short run is not held against its first rollout, and then forget, unless kl_memory is 1.  With normalize_reward,
+    both are in units of the returns' deviation so far: where the returns grow, what is as large as before counts as
+    smaller.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
-    power = _mean_over_ranks(np.mean(np.square(adv, dtype=np.float64)), len(adv))
-    mean = power + min(config.kl_memory, 1 - 1 / (state.updates + 1)) * (state.adv_power - power)
-    return left * config.max_kl * (min(1.0, power / mean) if power else 1.0), float(mean)
+    keep = min(config.kl_memory, 1 - 1 / (state.updates + 1))
+    now = float(_mean_over_ranks(np.mean(np.square(adv, dtype=np.float64)), len(adv))), variance
+    powers = tuple(new + keep * (old - new) for new, old in zip(now, state.powers, strict=True))
+    share = max(new / mean if mean else 0.0 for new, mean in zip(now, powers, strict=True)) or 1.0
+    return left * config.max_kl * min(1.0, share), powers
 
 
 def learn(state, rollout, branches=None, earlier=()):
@@ -2131,8 +2136,9 @@ def learn(state, rollout, branches=None, earlier=()):
     config, real, reward_stats, obs_stats = state.config, rollout.real, state.reward_stats, state.obs_stats
     if config.normalize_reward:
         reward_stats = update_stats(reward_stats, rollout.discounted[real][:, None])
-    batch, obs, returns, explained = _targets(state, rollout, branches, earlier, _inverse_std(reward_stats)[0])
-    max_kl, adv_power = _max_kl_now(state, batch.adv)
+    scale = _inverse_std(reward_stats)[0]
+    batch, obs, returns, variance, explained = _targets(state, rollout, branches, earlier, scale)
+    max_kl, powers = _max_kl_now(state, batch.adv, variance)
     (theta, info), phi = _both(
         lambda: trpo_update(state.policy, state.theta, batch, config._replace(max_kl=max_kl)),
         lambda: fit_value(state.value, state.phi, obs, returns, config),
@@ -2147,7 +2153,7 @@ def learn(state, rollout, branches=None, earlier=()):
         phi=phi,
         obs_stats=obs_stats,
         reward_stats=reward_stats,
-        adv_power=adv_power,
+        powers=powers,
         steps=state.steps + _sum_over_ranks(steps),
         updates=state.updates + 1,
         episodes=state.episodes + len(episodes),
@@ -2347,7 +2353,7 @@ def load(path):
         plain["config"] = {name: value for name, value in plain["config"].items() if name in Config._fields}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
-        plain |= {name: _tuple(plain[name]) for name in ("returns", "lengths")}
+        plain |= {name: _tuple(plain[name]) for name in ("powers", "returns", "lengths")}
         check_config(plain["config"])
         if len(plain["obs_stats"].mean) != plain["policy"].sizes[0]:
             raise ValueError("its parts do not fit together")
