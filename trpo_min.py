@@ -284,7 +284,7 @@ class Config(NamedTuple):
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     kl_memory: Annotated[
         float, "[0, 1]", "decay of what adv^2 and the variance of returns were; max_kl is less where both are; 0: never"
-    ] = 0.95
+    ] = 1.0
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
@@ -2111,10 +2111,9 @@ def _max_kl_now(state, adv, variance):
     long for noise as for news: where a task is solved and no episode of a rollout fails, full steps on what is left of
     the advantages lead away again.  A natural gradient step of fixed rate shrinks with the advantages, and its KL with
     their square.  But a policy that fails at all times alike has small advantages too, once the value function
-    foresees it: then the returns vary as before, and the steps stay full.  The means are plain at first, so that a
-    short run is not held against its first rollout, and then forget, unless kl_memory is 1.  With normalize_reward,
-    both are in units of the returns' deviation so far: where the returns grow, what is as large as before counts as
-    smaller.
+    foresees it: then the returns vary as before, and the steps stay full.  With kl_memory 1 the means are plain; with
+    less they are so at first, and then forget.  With normalize_reward, both are in units of the returns' deviation so
+    far: where the returns grow, what is as large as before counts as smaller.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
