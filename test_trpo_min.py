@@ -3344,6 +3344,13 @@ def test_a_checkpoint_with_other_settings_loads_and_says_so(trained, tmp_path, g
         assert same(tm.load(tmp_path), trained)
 
 
+def test_a_checkpoint_of_a_state_that_had_other_fields_loads_with_defaults(trained, tmp_path):
+    fields = trained._asdict() | {"adv_power": 0.5}
+    del fields["powers"]
+    tm.save(types.SimpleNamespace(_asdict=lambda: fields), tmp_path / "checkpoint.npz")
+    assert same(tm.load(tmp_path), trained._replace(powers=(0.0, 0.0)))
+
+
 def test_training_for_fewer_steps_than_an_update_takes_is_refused():
     with pytest.raises(ValueError, match=r"^total_steps must be at least the 5 of one update, got 4$"):
         tm.train("CartPole-v1", tm.Config(total_steps=4, num_envs=5))

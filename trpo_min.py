@@ -2352,7 +2352,7 @@ def load(path):
         plain["config"] = {name: value for name, value in plain["config"].items() if name in Config._fields}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
-        plain |= {name: _tuple(plain[name]) for name in ("powers", "returns", "lengths")}
+        plain = {name: _tuple(value) for name, value in plain.items() if name in TrainState._fields}
         check_config(plain["config"])
         if len(plain["obs_stats"].mean) != plain["policy"].sizes[0]:
             raise ValueError("its parts do not fit together")
