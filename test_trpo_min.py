@@ -3344,11 +3344,12 @@ def test_a_checkpoint_with_other_settings_loads_and_says_so(trained, tmp_path, g
         assert same(tm.load(tmp_path), trained)
 
 
-def test_a_checkpoint_of_a_state_that_had_other_fields_loads_with_defaults(trained, tmp_path):
+def test_a_checkpoint_of_a_state_that_had_other_fields_loads_with_defaults_and_says_so(trained, tmp_path):
     fields = trained._asdict() | {"adv_power": 0.5}
     del fields["powers"]
     tm.save(types.SimpleNamespace(_asdict=lambda: fields), tmp_path / "checkpoint.npz")
-    assert same(tm.load(tmp_path), trained._replace(powers=(0.0, 0.0)))
+    with pytest.warns(UserWarning, match="with other settings: adv_power, powers$"):
+        assert same(tm.load(tmp_path), trained._replace(powers=(0.0, 0.0)))
 
 
 def test_training_for_fewer_steps_than_an_update_takes_is_refused():

@@ -2106,14 +2106,14 @@ def _targets(state, rollout, branches, earlier, scale):
 def _max_kl_now(state, adv, variance):
     """max_kl of an update on advantages adv of a rollout whose returns have this variance, and state.powers with both.
 
-    max_kl falls with the steps that are left, so that the policy settles, and with mean adv^2 and the variance of the
-    returns where both are smaller than they were: to the larger of the two shares of their means.  The step of E6 is as
-    long for noise as for news: where a task is solved and no episode of a rollout fails, full steps on what is left of
-    the advantages lead away again.  A natural gradient step of fixed rate shrinks with the advantages, and its KL with
-    their square.  But a policy that fails at all times alike has small advantages too, once the value function
-    foresees it: then the returns vary as before, and the steps stay full.  With kl_memory 1 the means are plain; with
-    less they are so at first, and then forget.  With normalize_reward, both are in units of the returns' deviation so
-    far: where the returns grow, what is as large as before counts as smaller.
+    max_kl falls with the steps that are left, so that the policy settles.  Where mean adv^2 and the variance of the
+    returns are both below their means so far, it also falls with the one that fell less.  The step of E6 is as long for
+    noise as for news: where a task is solved and no episode of a rollout fails, full steps on what is left of the
+    advantages lead away again.  A natural gradient step of fixed rate shrinks with the advantages, and its KL with
+    their square.  But a policy that fails at all times alike has small advantages too, once the value function foresees
+    it: then the returns vary as before, and the steps stay full.  With kl_memory 1 the means are plain; with less they
+    are so at first, and then forget.  With normalize_reward, both are in units of the returns' deviation so far: where
+    the returns grow, what is as large as before counts as smaller.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
@@ -2347,7 +2347,8 @@ def load(path):
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
             plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
-        if differ := sorted(set(plain["config"]).symmetric_difference(Config._fields)):
+        differ = sorted({*plain["config"], *plain, "theta", "phi"} ^ {*Config._fields, *TrainState._fields})
+        if differ:
             warnings.warn(f"{path} is of another version, with other settings: {', '.join(differ)}", stacklevel=2)
         plain["config"] = {name: value for name, value in plain["config"].items() if name in Config._fields}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
