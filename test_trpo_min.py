@@ -295,6 +295,12 @@ def test_actions_count_in_halves_of_their_range_from_its_middle_and_as_they_are_
     assert (sent[1:] == [action, max(action, low), min(action, low), action]).all()
 
 
+def test_ranges_whose_half_is_below_a_million_are_scaled_to_and_wider_ones_not():
+    box = spaces.Box(np.array([-999_999.0, -1e6]), np.array([999_999.0, 1e6]), dtype=np.float64)
+    policy = tm.make_policy(spaces.Box(-1, 1, (3,)), box, (4,))
+    assert (tm._env_actions(policy, np.full((1, 2), 0.5)) == [0.5 * 999_999, 0.5]).all()
+
+
 def test_whole_actions_are_the_nearest_to_those_asked_for():
     policy = tm.make_policy(spaces.Box(-1, 1, (3,)), spaces.Box(-10, 10, (4,), np.int32), (4,))
     sent = tm._env_actions(policy, np.array([[-0.26, 0.14, 0.16, 3.0]]))[0]
@@ -1853,6 +1859,17 @@ def serial_rows(salt, n):
     return rows
 
 
+def serial_episodes(salt, n):
+    """(return, length) of each episode that ends in the first n rows."""
+    finished, total, length = [], 0.0, 0
+    for _, reward, _, terminated, truncated in serial_rows(salt, n):
+        total, length = total + reward, length + 1
+        if terminated or truncated:
+            finished.append((total, length))
+            total, length = 0.0, 0
+    return finished
+
+
 def start(envs, config=None, seed=0):
     config = config or tm.Config(hidden=())
     policy = tm.make_policy(envs.single_observation_space, envs.single_action_space, config.hidden)
@@ -1942,16 +1959,35 @@ def test_counted_steps_episodes_and_returns_are_those_that_happened(mode, E, tot
     taken = [len(env.seen) for env in envs.envs]
     assert state.steps == sum(taken)
     assert total_steps - E < state.steps <= total_steps
-    finished = []
-    for e, n in enumerate(taken):
-        total, length = 0.0, 0
-        for _, reward, _, terminated, truncated in serial_rows(e, n):
-            total, length = total + reward, length + 1
-            if terminated or truncated:
-                finished.append((total, length))
-                total, length = 0.0, 0
+    finished = [episode for e, n in enumerate(taken) for episode in serial_episodes(e, n)]
     assert state.episodes == len(finished)
-    assert sorted(zip(state.returns, state.lengths, strict=True)) == sorted(finished)[-100:] or len(finished) > 100
+    assert sorted(zip(state.returns, state.lengths, strict=True)) == sorted(finished)
+
+
+def test_the_returns_that_are_kept_are_those_of_the_last_100_episodes_in_order():
+    envs = counters(1, AutoresetMode.DISABLED)
+    state = tm.train(envs, tm.Config(hidden=(), total_steps=1500, rollout_steps=100, stop_when_solved=False))
+    finished = serial_episodes(0, 1500)
+    assert len(finished) > 150 and len({*finished}) > 10
+    assert list(zip(state.returns, state.lengths, strict=True)) == finished[-100:]
+
+
+def test_each_update_goes_on_with_random_numbers_of_its_own_and_so_does_a_resume():
+    seen, config = [], tm.Config(hidden=(), total_steps=30, rollout_steps=10, stop_when_solved=False)
+    state = tm.train(counters(1, AutoresetMode.DISABLED), config, callback=lambda s, *_: seen.append(s.rng_state))
+    more = config._replace(total_steps=40)
+    seen += [tm.train(counters(1, AutoresetMode.DISABLED), more, state=state).rng_state]
+    seen += [tm.init_state("", state.policy, config, 0).rng_state]
+    assert len({str(each) for each in seen}) == 5
+
+
+def test_environments_start_from_seeds_drawn_with_the_random_numbers_of_the_run():
+    envs = gym.make_vec("CartPole-v1", 3, vectorization_mode="sync")
+    policy = tm.make_policy(envs.single_observation_space, envs.single_action_space, ())
+    state = tm.init_state("", policy, tm.Config(hidden=()), 0)
+    fixed = envs, policy, state.theta, state.obs_stats, None
+    one, two, again = (tm.collect(*fixed, np.random.default_rng(n), 1)[0].raw_obs for n in (0, 1, 0))
+    assert (one == again).all() and (one != two).all()
 
 
 def test_the_discounted_return_that_scales_rewards_starts_anew_with_each_episode():
@@ -2209,7 +2245,18 @@ def test_rollouts_without_any_advantage_leave_the_trust_region_alone():
     assert tm._max_kl_now(state, np.zeros(10), 0.0) == (state.config.max_kl, (0.0, 0.0))
     later = state._replace(powers=(4.0, 2.0), updates=1000)
     assert tm._max_kl_now(later, np.zeros(10), 0.0) == (state.config.max_kl, (0.9 * 4.0, 0.9 * 2.0))
-    assert tm._max_kl_now(state._replace(updates=1000), np.full(10, 0.1), 0.01)[0] == state.config.max_kl
+
+
+def test_means_that_there_are_none_of_yet_begin_with_the_rollout():
+    """As after the load of a checkpoint without: else they would stay small for as long as it had trained."""
+    state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,)))[0]._replace(updates=1000)
+    assert tm._max_kl_now(state, np.full(10, 3.0), 4.0) == (state.config.max_kl, (9.0, 4.0))
+
+
+def test_the_trust_region_is_not_empty_after_total_steps():
+    state = start(counters(2, AutoresetMode.SAME_STEP), tm.Config(hidden=(4,), total_steps=100))[0]
+    for steps in (99, 100, 1000):
+        assert tm._max_kl_now(state._replace(steps=steps), np.ones(10), 1.0)[0] == 0.01 * state.config.max_kl
 
 
 @given(st.sampled_from([0.1, 1.0, 1000.0]))
@@ -3340,7 +3387,7 @@ def test_a_checkpoint_with_other_settings_loads_and_says_so(trained, tmp_path, g
     earlier = types.SimpleNamespace(_asdict=lambda: settings)
     tm.save(trained._replace(config=earlier), tmp_path / "checkpoint.npz")
     differ = ", ".join(sorted(filter(None, (gone, new))))
-    with pytest.warns(UserWarning, match=f"of another version, with other settings: {differ}$"):
+    with pytest.warns(UserWarning, match=f"of another version, with other fields: {differ}$"):
         assert same(tm.load(tmp_path), trained)
 
 
@@ -3348,8 +3395,18 @@ def test_a_checkpoint_of_a_state_that_had_other_fields_loads_with_defaults_and_s
     fields = trained._asdict() | {"adv_power": 0.5}
     del fields["powers"]
     tm.save(types.SimpleNamespace(_asdict=lambda: fields), tmp_path / "checkpoint.npz")
-    with pytest.warns(UserWarning, match="with other settings: adv_power, powers$"):
+    with pytest.warns(UserWarning, match="with other fields: adv_power, powers$"):
         assert same(tm.load(tmp_path), trained._replace(powers=(0.0, 0.0)))
+    fields = {name: value for name, value in trained._asdict().items() if name != "steps"}
+    tm.save(types.SimpleNamespace(_asdict=lambda: fields), tmp_path / "checkpoint.npz")
+    with pytest.raises(ValueError, match="it lacks steps"):
+        tm.load(tmp_path)
+
+
+def test_a_folder_is_saved_to_and_loaded_from_as_its_checkpoint(trained, tmp_path):
+    tm.save(trained, tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint.npz"]
+    assert same(tm.load(tmp_path), trained)
 
 
 def test_training_for_fewer_steps_than_an_update_takes_is_refused():
@@ -3373,6 +3430,11 @@ def test_act_refuses_observations_of_another_width(trained):
             tm.act(trained.policy, trained.theta, obs, trained.obs_stats)
     with pytest.raises(ValueError, match="whose spaces differ"):
         tm.evaluate(trained, "Acrobot-v1")
+    with pytest.raises(ValueError, match=r"seed must be an integer in \[0, inf\), got -1"):
+        tm.evaluate(trained, "CartPole-v1", seed=-1)
+    for call in (lambda: tm.evaluate("run", "CartPole-v1"), lambda: tm.train("CartPole-v1", state="run")):
+        with pytest.raises(ValueError, match="state must be a TrainState, as train and load return, got 'run'"):
+            call()
 
 
 def test_evaluation_plays_act_on_the_environment(trained):
@@ -3400,8 +3462,22 @@ def test_training_stops_at_the_reward_threshold_only_if_asked_to():
     assert state.steps < 30_000
     assert len(state.returns) == 100
     assert np.mean(state.returns) >= 15
+    more = config._replace(total_steps=state.steps + 500)
+    assert tm.train(make, more, state=state).steps == state.steps
+    assert tm.train(make, more._replace(stop_when_solved=False), state=state).steps == state.steps + 500
     state = tm.train(make, config._replace(stop_when_solved=False))
     assert (state.solved, state.steps) == (False, 30_000)
+
+
+def test_a_mean_return_of_just_the_reward_threshold_is_enough():
+    class Paid(Counter):
+        def step(self, action):
+            return super().step(action)[0], 1.0, True, False, {}
+
+    env = Paid(0)
+    env.spec = gym.envs.registration.EnvSpec("Paid-v0", Paid, reward_threshold=1.0)
+    state = tm.train(env, tm.Config(hidden=(), total_steps=200, rollout_steps=10))
+    assert (state.solved, state.steps) == (True, 100)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(trained, tmp_path, monkeypatch):
@@ -3425,6 +3501,19 @@ def test_numpy_numbers_in_a_config_are_saved(trained, tmp_path):
     config = trained.config._replace(gamma=np.float32(0.5), total_steps=np.int64(7))
     tm.save(trained._replace(config=config), tmp_path / "x.npz")
     assert tm.load(tmp_path / "x.npz").config == config
+
+
+def test_each_episode_of_an_evaluation_has_a_start_of_its_own(trained):
+    starts = []
+
+    class Noting(gym.Wrapper):
+        def reset(self, **options):
+            obs, info = self.env.reset(**options)
+            starts.append(tuple(obs))
+            return obs, info
+
+    tm.evaluate(trained, Noting(gym.make("CartPole-v1")), episodes=10)
+    assert len({*starts}) == 10
 
 
 def test_evaluation_changes_no_byte_of_the_state_and_repeats(trained):
@@ -3491,6 +3580,7 @@ def set_first(value):
         ({"adv": set_first(np.nan)}, "adv must be finite"),
         ({"mu_old": set_first(np.inf)}, "mu_old must be finite"),
         ({"mu_old": lambda a: a + 0.1}, r"mu_old must be forward\(policy, theta, obs\)"),
+        ({"mu_old": lambda a: a + 1e-7}, r"mu_old must be forward\(policy, theta, obs\)"),
         ({"mu_old": lambda a: a[:, :1]}, "mu_old must have shape"),
         ({"weights": lambda a: np.ones(3)}, "weights must have shape"),
         ({"weights": lambda a: np.nan}, "weights must be finite"),
@@ -4206,6 +4296,34 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_resume_and_eval_in_one_sen
         assert after == before
 
 
+def test_a_resume_goes_on_with_the_columns_that_the_table_has(run_folder):
+    table = run_folder / "progress.csv"
+    table.write_text("".join(f"{line},7\n" for line in table.read_text().replace(",entropy", ",other").splitlines()))
+    table.write_text(table.read_text().replace("seconds,7", "seconds,seven"))
+    main("--resume", run_folder, "--total-steps", 320, "--quiet")
+    rows = tm.read_progress(run_folder)
+    assert [row["update"] for row in rows] == list(range(1, 21)) and "entropy" not in rows[0]
+    assert [row["seven"] for row in rows[:10]] == [7.0] * 10
+    assert all(np.isnan([row["seven"], row["other"]]).all() and row["steps"] == 16 * row["update"] for row in rows[10:])
+
+
+def test_a_line_of_the_terminal_and_a_row_of_the_table_say_the_same(tmp_path, capsys):
+    main("--env", "CartPole-v1", *QUICK[:-1], "--total-steps", 160, "--out", tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  return " in line]
+    names = "steps", "return_mean", "kl_mean", "kl_max", "entropy", "explained_variance", "steps_per_second"
+    tolerances = (0, 0), (1e-4, 0), (0.05, 0), (0.05, 0), (0, 0.005), (0, 0.5), (0, 0.51)  # relative, absolute
+    for line, row in zip(lines, tm.read_progress(tmp_path / "run"), strict=True):
+        said = re.findall(r"(?<= )(?:-?[\d.]+(?:e[-+]\d+)?|nan)(?=[ %/])", f" {line.replace(',', '')}")
+        expected = [row[name] * (100 if name == "explained_variance" else 1) for name in names]
+        for a, b, (rel, absolute) in zip(said, expected, tolerances, strict=True):
+            assert float(a) == pytest.approx(b, rel=rel, abs=absolute, nan_ok=True)
+
+
+def test_the_seconds_of_the_updates_add_up_to_those_of_the_run(run_folder):
+    rows = tm.read_progress(run_folder)
+    assert sum(16 / row["steps_per_second"] for row in rows) == pytest.approx(rows[-1]["seconds"], abs=0.001, rel=0.01)
+
+
 def test_a_resume_drops_the_rows_that_the_checkpoint_does_not_know_of_and_a_line_cut_short(run_folder):
     table, state = run_folder / "progress.csv", tm.load(run_folder)
     lines = table.read_text().splitlines(keepends=True)
@@ -4855,6 +4973,40 @@ def test_learning_curves_have_a_panel_for_each_environment_and_a_band_for_severa
     ]
     with pytest.raises(ValueError, match="a folder: give the name of a file"):
         tm.plot(folders[:1], tmp_path)
+    with pytest.raises(ValueError, match=r"x\.foo: its name must end in one of .* pdf, .* png, "):
+        tm.plot(folders[:1], tmp_path / "x.foo")
+
+
+def test_what_a_learning_curve_spans_is_from_the_smallest_return_to_the_largest(run_folder):
+    steps, mean, low, high = tm._curve([rows := tm.read_progress(run_folder)[3:]])
+    assert low.tolist() == [row["return_min"] for row in rows] and (low < high).any()
+    assert high.tolist() == [row["return_max"] for row in rows] and mean.tolist() == [r["return_mean"] for r in rows]
+    assert steps.tolist() == [row["steps"] for row in rows]
+
+
+def test_runs_of_other_lengths_are_one_curve_where_their_length_does_not_set_max_kl(tmp_path, monkeypatch):
+    labels, steps = [], (320, 400)
+    for n in steps:
+        main(
+            "--env", "CartPole-v1", *QUICK, "--kl-schedule", "constant", "--total-steps", n, "--out", tmp_path / str(n)
+        )
+    from matplotlib.axes import Axes
+
+    monkeypatch.setattr(Axes, "legend", lambda axis: labels.extend(line.get_label() for line in axis.lines))
+    tm.plot([tmp_path / str(n) for n in steps], tmp_path / "x.png")
+    assert labels == ["2 runs, mean and 95% interval"]
+
+
+def test_runs_without_a_finished_episode_are_left_out_of_a_plot_with_a_word(run_folder, tmp_path):
+    main("--env", "Pendulum-v1", *QUICK, "--total-steps", 32, "--out", tmp_path / "early")
+    with pytest.warns(UserWarning, match="early has no finished episode to plot"):
+        tm.plot([tmp_path / "early", run_folder / "checkpoint.npz"], tmp_path / "x.svg")
+    assert b"<svg" in (tmp_path / "x.svg").read_bytes()
+    with (
+        pytest.warns(UserWarning, match="early has no finished"),
+        pytest.raises(ValueError, match="there is no run with a finished episode to plot"),
+    ):
+        tm.plot([tmp_path / "early"], tmp_path / "y.png")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ Each update maximises the surrogate L inside a trust region of the mean KL diver
 
 Dimensions: N rows (state-action pairs), D observation features, K head outputs, A action components,
 P parameters of the policy, Q of the value function, T time steps, E environments, L layers of weights; in vine
-sampling S states of each environment, K actions in each, and branches of L steps.
+sampling S states of each environment, K actions in each, and branches of H steps.
 """
 
 import argparse
@@ -81,7 +81,7 @@ jit_within = functools.partial(jit, inline="always")
 
 @functools.cache
 def _threads():
-    """One thread less than NUMBA_NUM_THREADS says, or cores, as the caller works too; at least one."""
+    """A pool of one thread less than NUMBA_NUM_THREADS says, or cores, as the caller works too; at least one."""
     return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1))
 
 
@@ -268,7 +268,9 @@ class Config(NamedTuple):
         str, "own sync async", "own: as one if Gymnasium can (no env-args); else sync: one by one; async: in processes"
     ] = "own"
     rollout_steps: Annotated[int, "[1, inf)", "environment steps per update, over all environments and ranks"] = 1024
-    normalize_obs: Annotated[bool, "", "shift and scale observations by their running mean and deviation"] = True
+    normalize_obs: Annotated[bool, "", "shift and scale observations by running mean and deviation (1e-4 at least)"] = (
+        True
+    )
     normalize_reward: Annotated[bool, "", "scale rewards by the running deviation of the discounted return"] = True
     gamma: Annotated[float, "[0, 1]", "discount per step"] = 0.995
     lam: Annotated[float, "[0, 1]", "lambda of the advantage estimator: 0 TD error, 1 Monte Carlo"] = 0.95
@@ -283,7 +285,7 @@ class Config(NamedTuple):
     max_kl: Annotated[float, "(0, inf)", "trust region: largest mean KL of an update, nats"] = 0.03
     kl_schedule: Annotated[str, "linear constant", "max_kl falls to 0 over total_steps, or stays"] = "linear"
     kl_memory: Annotated[
-        float, "[0, 1]", "decay of what adv^2 and the variance of returns were; max_kl is less where both are; 0: never"
+        float, "[0, 1]", "decay of means of adv^2 and variance of returns: max_kl shrinks with both below; 0: never"
     ] = 1.0
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
@@ -405,6 +407,8 @@ def _finite(name, array, shape, dtype=None):
 
 
 def _check_policy(policy):
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy must be a Policy, got {type(policy).__name__}")
     sizes = policy.sizes
     if not (isinstance(sizes, tuple) and isinstance(policy.nvec, tuple)):
         raise ValueError(f"sizes and nvec must be tuples, got {policy}")
@@ -1119,7 +1123,7 @@ def _solve_to_tol(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
 
     Training in float64 takes a tenth less time so on one thread, a twentieth on two.  With the settings' defaults x
     moves by less than 1e-5 of its length; where observations are not normalised and damping is small, the solve can
-    come a tenth less far.  Where float32 cannot hold the numbers, or finds no curvature, float64 decides.
+    come a tenth less far.  Where float32 overflows, or finds no curvature, float64 decides.
     """
     if theta.dtype == np.float64 and tol >= 1e-3:
         theta_32, acts_32, m_32 = (each.astype(np.float32) for each in (theta, acts, m))
@@ -1462,6 +1466,8 @@ def update_stats(stats, rows):
 
 
 def _inverse_std(stats):
+    """1 / sqrt(variance + 1e-8) (D,): what varies by much less than 1e-4 stays small, as noise about a constant would
+    not otherwise; 1 while there are no statistics."""
     return 1 / np.sqrt(stats.m2 / stats.count + 1e-8) if stats.count else np.ones_like(stats.mean)
 
 
@@ -1944,8 +1950,8 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
     from gymnasium.spaces import flatten
 
     envs, every, theta = envs.envs, _every_action(policy, config.vine_actions), _check_theta(policy, theta)
-    S, K, L, E = len(rollout.saved), _n_actions(policy, config), config.vine_steps, len(envs)
-    shape, D = (S, K, L, E), policy.sizes[0]
+    S, K, H, E = len(rollout.saved), _n_actions(policy, config), config.vine_steps, len(envs)
+    shape, D = (S, K, H, E), policy.sizes[0]
     noise, actions = _draw(policy, rng, shape, theta.dtype)
     noise[:, :, 1:], env_seeds = noise[:, :1, 1:], rng.integers(2**63, size=(S, E))
     raw_obs, last_obs, rewards = np.zeros((*shape, D)), np.zeros((S, K, E, D)), np.zeros(shape)
@@ -1959,7 +1965,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
             env.np_random = np.random.default_rng(seed)
         current = last_obs[s, k]  # of a branch that has ended, it stays as it is: nothing follows
         current[:] = rollout.raw_obs[t]
-        for at in ((s, k, i) for i in range(L)):
+        for at in ((s, k, i) for i in range(H)):
             raw_obs[at] = current
             step(raw_obs[at], noise[at], obs[at], mu[at], actions[at])
             if at[2] == 0 and every is not None:
@@ -1975,7 +1981,7 @@ def branch(envs, policy, theta, obs_stats, rollout, rng, config):
     for env, each in zip(envs, before, strict=True):
         restore_env(env, each)
 
-    def columns(array):  # (S, K, L, E, ...) -> (L, S E K, ...)
+    def columns(array):  # (S, K, H, E, ...) -> (H, S E K, ...)
         return array.transpose(2, 0, 3, 1, *range(4, array.ndim)).reshape(array.shape[2], S * E * K, *array.shape[4:])
 
     arrays = obs, mu, actions, rewards, terminated, truncated, real, np.zeros(shape)
@@ -2013,6 +2019,11 @@ class TrainState(NamedTuple):
         return act(self.policy, self.theta, obs, self.obs_stats, rng)
 
 
+def _check_state(state):
+    if not isinstance(state, TrainState):
+        raise ValueError(f"state must be a TrainState, as train and load return, got {state!r}")
+
+
 def _env_args(spec):
     """The arguments of gym.make for another environment of spec, without wrappers; none where JSON, and so a
     checkpoint, cannot hold them."""
@@ -2039,8 +2050,8 @@ def init_state(env, policy, config, seed, env_args=None):
 
 
 def _centre(adv, weights=1.0, group=None):
-    """adv minus its weighted mean over each group (None: over all); 0 where what is left is that mean's rounding, so
-    that equal advantages give no step."""
+    """adv minus its weighted mean over each group (None: over all); all 0 in a group where nothing is left but that
+    mean's rounding, so that equal advantages give no step."""
     mean = _group_mean(weights * adv, group) if group else _mean_over_ranks(adv.mean(), len(adv))
     group, centred = group or len(adv), adv - mean
     digits = (16 + np.log2(group)) * np.finfo(adv.dtype).eps  # NumPy's mean: 8 sums of 16 rows, then by halves
@@ -2107,17 +2118,16 @@ def _max_kl_now(state, adv, variance):
     """max_kl of an update on advantages adv of a rollout whose returns have this variance, and state.powers with both.
 
     max_kl falls with the steps that are left, so that the policy settles.  Where mean adv^2 and the variance of the
-    returns are both below their means so far, it also falls with the one that fell less.  The step of E6 is as long for
-    noise as for news: where a task is solved and no episode of a rollout fails, full steps on what is left of the
-    advantages lead away again.  A natural gradient step of fixed rate shrinks with the advantages, and its KL with
-    their square.  But a policy that fails at all times alike has small advantages too, once the value function foresees
-    it: then the returns vary as before, and the steps stay full.  With kl_memory 1 the means are plain; with less they
-    are so at first, and then forget.  With normalize_reward, both are in units of the returns' deviation so far: where
-    the returns grow, what is as large as before counts as smaller.
+    returns are both below their means so far, it also falls with the one that fell less: the step of E6 is as long for
+    noise as for news, and full steps on what is left of the advantages lead away from a solved task again.  Both, as a
+    policy that fails at all times alike has small advantages too, once the value function foresees it, but returns that
+    vary as before.  With kl_memory 1 the means are plain; with less they are so at first, and then forget.  With
+    normalize_reward, both are in units of the returns' deviation so far: where the returns grow, what is as large as
+    before counts as smaller.
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
-    keep = min(config.kl_memory, 1 - 1 / (state.updates + 1))
+    keep = min(config.kl_memory, 1 - 1 / (state.updates + 1)) if any(state.powers) else 0.0
     now = float(_mean_over_ranks(np.mean(np.square(adv, dtype=np.float64)), len(adv))), variance
     powers = tuple(new + keep * (old - new) for new, old in zip(now, state.powers, strict=True))
     share = max(new / mean if mean else 0.0 for new, mean in zip(now, powers, strict=True)) or 1.0
@@ -2169,8 +2179,8 @@ def _vine_plan(envs, policy, config):
 
     if not isinstance(envs, SyncVectorEnv) or envs.metadata["autoreset_mode"] != AutoresetMode.DISABLED:
         raise ValueError(
-            "vine sampling restores environments one by one: give it an id, a callable, a gym.Env, or a SyncVectorEnv "
-            f"with autoreset_mode DISABLED, not {envs}"
+            "vine sampling restores environments one by one: give it a gym.Env, an id or a callable (but not "
+            f"vector='async'), or a SyncVectorEnv with autoreset_mode DISABLED, not {envs}"
         )
     for env in envs.envs:
         _check_restorable(env)
@@ -2246,6 +2256,8 @@ def train(env, config=None, *, seed=0, state=None, callback=None):
     where another update might take more steps than are left.  An exception that leaves train, an interrupt as well,
     carries the state after the last finished update as its attribute .state.
     """
+    if state is not None:
+        _check_state(state)
     config = (state.config if state else Config()) if config is None else config
     check_config(config)
     _check_number("seed", seed, int, "[0, inf)")
@@ -2273,7 +2285,9 @@ def evaluate(state, env, episodes=20, seed=0):
     id, made with state.env_args if it is state.env.  state is read only: its observation statistics do not move."""
     import gymnasium as gym
 
+    _check_state(state)
     _check_number("episodes", episodes, int, "[1, inf)")
+    _check_number("seed", seed, int, "[0, inf)")
     given, env, results = env, _make_env(env, **(state.env_args if env == state.env else {})), []
     with contextlib.nullcontext() if env is given else _closing(env):
         if isinstance(env, gym.vector.VectorEnv):
@@ -2320,10 +2334,22 @@ def _arrays(state):
     return arrays | {"state": np.asarray(text)}
 
 
+def _checkpoint(path):
+    """The file that a path names, or that is in the folder it names."""
+    path = Path(path)
+    return path / "checkpoint.npz" if path.is_dir() else path
+
+
+def _run_folder(path):
+    """The folder of a run, by its own name or that of the checkpoint in it."""
+    return path.parent if path.name == "checkpoint.npz" and path.is_file() else path
+
+
 def save(state, path):
-    """Write state to the file path, atomically: arrays and text only, and a digest that load checks."""
+    """Write state to the file path, or to path/checkpoint.npz if path is a folder, atomically: arrays and text only,
+    and a digest that load checks."""
     arrays = _arrays(state)
-    with _replacing(Path(path)) as file:
+    with _replacing(_checkpoint(path)) as file:
         np.savez(file, **arrays, digest=_digest(arrays))
 
 
@@ -2332,10 +2358,9 @@ def _tuple(value):
 
 
 def load(path):
-    """The TrainState that save wrote to the file path, or to path/checkpoint.npz.  OSError where that cannot be read,
-    ValueError where it is anything else."""
-    path = Path(path)
-    path = path / "checkpoint.npz" if path.is_dir() else path
+    """The TrainState that save wrote to path.  OSError where that cannot be read, ValueError where it is anything
+    else."""
+    path = _checkpoint(path)
     content = path.read_bytes()
     try:
         if not content.startswith(b"PK\x03\x04"):  # of which NumPy would say that it may be unsafe
@@ -2347,9 +2372,11 @@ def load(path):
         for name in ("obs_stats", "reward_stats"):
             count, mean, m2 = (arrays[f"{name}.{field}"] for field in RunningStats._fields)
             plain[name] = RunningStats(float(count), _finite("mean", mean, (None,)), _finite("m2", m2, mean.shape))
-        differ = sorted({*plain["config"], *plain, "theta", "phi"} ^ {*Config._fields, *TrainState._fields})
-        if differ:
-            warnings.warn(f"{path} is of another version, with other settings: {', '.join(differ)}", stacklevel=2)
+        if lacks := {*TrainState._fields} - {*plain, "theta", "phi", "powers"}:  # powers came later than the others
+            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
+        if differ := {*plain["config"], *plain, "theta", "phi"} ^ {*Config._fields, *TrainState._fields}:
+            differ = ", ".join(sorted(differ))
+            warnings.warn(f"{path} is of another version, with other fields: {differ}", stacklevel=1)  # once
         plain["config"] = {name: value for name, value in plain["config"].items() if name in Config._fields}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
@@ -2407,9 +2434,11 @@ def read_progress(out):
 
 
 def _add_progress(out, row):
-    with open(out / "progress.csv", "a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if file.tell() == 0:
+    with open(out / "progress.csv", "a+", newline="") as file:
+        file.seek(0)
+        names = next(csv.reader(file), None)  # of another version there may be others
+        writer = csv.DictWriter(file, names or row, "nan", "ignore", lineterminator="\n")
+        if names is None:
             writer.writeheader()
         writer.writerow(row)
 
@@ -2514,16 +2543,23 @@ def plot(folders, path):
     """Learning curves of runs' folders: a panel for each environment, in it a curve for each Config."""
     path = Path(path)
     with _needs("matplotlib", "plot"):
+        from matplotlib.backend_bases import FigureCanvasBase
         from matplotlib.figure import Figure
+    kind, kinds = path.suffix[1:] or "png", FigureCanvasBase.get_supported_filetypes()
+    if kind not in kinds:
+        raise ValueError(f"cannot draw to {path}: its name must end in one of {', '.join(sorted(kinds))}")
     panels = {}
-    for folder in dict.fromkeys(Path(each).resolve() for each in folders):
+    for folder in dict.fromkeys(_run_folder(Path(each)).resolve() for each in folders):
         state, rows = load(folder), [row for row in read_progress(folder) if np.isfinite(row["return_mean"])]
         if not rows:
-            raise ValueError(f"{folder} has no finished episode to plot")
+            warnings.warn(f"{folder} has no finished episode to plot", stacklevel=1)
+            continue
         title = state.env + (f" {json.dumps(state.env_args)}" if state.env_args else "")
         same = {} if state.config.kl_schedule == "linear" else {"total_steps": 0}  # or it sets max_kl
         settings = frozenset(state.config._replace(**same)._asdict().items())
         panels.setdefault(title, {}).setdefault(settings, []).append(rows)
+    if not panels:
+        raise ValueError("there is no run with a finished episode to plot")
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
     for axis, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for settings, runs in curves.items():
@@ -2540,7 +2576,7 @@ def plot(folders, path):
     if path.is_dir():
         raise ValueError(f"cannot draw to {path}, a folder: give the name of a file")
     with _replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:] or "png", dpi=150)
+        figure.savefig(file, format=kind, dpi=150)
 
 
 # ========================================================================================================= command line
@@ -2630,8 +2666,9 @@ def _parser():
     run.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     play = parser.add_argument_group("with --eval")
     play.add_argument("--episodes", type=integer, metavar="N", help="episodes to play (default: 20)")
-    play.add_argument("--render", action="store_true", help="show them in a window")
-    play.add_argument("--video", type=Path, metavar="DIR", help="record them as MP4")
+    shown = play.add_mutually_exclusive_group()
+    shown.add_argument("--render", action="store_true", help="show them in a window")
+    shown.add_argument("--video", type=Path, metavar="DIR", help="record them as MP4")
     for name in Config._fields:
         if name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[name])
@@ -2749,6 +2786,9 @@ def _signals_noted():
 
     def note(number, _):
         received.append(number)
+        if not _launched()[0]:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\ntrpo_min: stopping after the update in progress; at a second signal, at once\n")
         for each in handlers:
             signal.signal(each, signal.default_int_handler)
 
@@ -2807,9 +2847,7 @@ def _new_run(given, settings, stack):
 
 def _old_run(given, settings, stack):
     """The same of --resume."""
-    out = given["resume"]
-    if out.is_file() and out.name == "checkpoint.npz":
-        out = out.parent
+    out = _run_folder(given["resume"])
     if not out.is_dir():
         raise ValueError(f"{out} is not the folder of a run")
     start = load(out)
@@ -2889,16 +2927,14 @@ def _run_eval(given):
     import gymnasium as gym
 
     state, video = load(given["eval"]), given.get("video")
-    if video and "render" in given:
-        raise ValueError("--render and --video do not go together: choose one")
     mode = {"render_mode": "human"} if "render" in given else {"render_mode": "rgb_array"} if video else {}
     if video:
         with _needs("moviepy", "video"):
             import moviepy  # noqa: F401
     env = _make_env(state.env, **state.env_args | given.get("env_args", {}) | mode)
-    if video and "rgb_array" not in env.metadata.get("render_modes", ()):
-        raise ValueError(f"{state.env} cannot be recorded: it has no render mode rgb_array")
     if video:
+        if "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise ValueError(f"{state.env} cannot be recorded: it has no render mode rgb_array")
         env = gym.wrappers.RecordVideo(env, str(video), episode_trigger=lambda _: True)
     with _closing(env):
         returns, lengths = evaluate(state, env, given.get("episodes", 20), given.get("seed", 0))
