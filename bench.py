@@ -1492,7 +1492,7 @@ def main():
     command = commands.add_parser("learn", help=learn.__doc__)
     command.add_argument("env", nargs="*", help="Gymnasium ids (default: nine of MuJoCo)")
     command.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
-    command.add_argument("--total-steps", type=int, default=1_000_000, help="environment steps (default: 1,000,000)")
+    command.add_argument("--total-steps", type=tm.integer, default=10**6, help="environment steps (default: 1e6)")
     command.add_argument("--every", type=int, default=50_000, help="steps between evaluations (default: 50,000)")
     command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
     command.add_argument("--who", choices=["ours", "sb3-contrib"], default="ours", help="whose TRPO (default: ours)")
