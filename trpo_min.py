@@ -1466,8 +1466,8 @@ def update_stats(stats, rows):
 
 
 def _inverse_std(stats):
-    """1 / sqrt(variance + 1e-8) (D,): what varies by much less than 1e-4 stays small, as noise about a constant would
-    not otherwise; 1 while there are no statistics."""
+    """1 / sqrt(variance + 1e-8) (D,), so that noise about a constant is not blown up: what varies by much less than 1e-4
+    stays small.  1 while there are no statistics."""
     return 1 / np.sqrt(stats.m2 / stats.count + 1e-8) if stats.count else np.ones_like(stats.mean)
 
 
@@ -2375,8 +2375,8 @@ def load(path):
         if lacks := {*TrainState._fields} - {*plain, "theta", "phi", "powers"}:  # powers came later than the others
             raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
         if differ := {*plain["config"], *plain, "theta", "phi"} ^ {*Config._fields, *TrainState._fields}:
-            differ = ", ".join(sorted(differ))
-            warnings.warn(f"{path} is of another version, with other fields: {differ}", stacklevel=1)  # once
+            text = f"{path} is of another version, with other fields: {', '.join(sorted(differ))}"
+            warnings.warn(text, stacklevel=1)  # from here, so that a resume, which loads twice, says it once
         plain["config"] = {name: value for name, value in plain["config"].items() if name in Config._fields}
         for name, kind in (("config", Config), ("policy", Policy), ("value", Policy)):
             plain[name] = kind(**{field: _tuple(value) for field, value in plain[name].items()})
