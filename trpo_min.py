@@ -1466,8 +1466,8 @@ def update_stats(stats, rows):
 
 
 def _inverse_std(stats):
-    """1 / sqrt(variance + 1e-8) (D,), so that noise about a constant is not blown up: what varies by much less than 1e-4
-    stays small.  1 while there are no statistics."""
+    """1 / sqrt(variance + 1e-8) (D,), so that noise about a constant is not blown up: what varies by much less than
+    1e-4 stays small.  1 while there are no statistics."""
     return 1 / np.sqrt(stats.m2 / stats.count + 1e-8) if stats.count else np.ones_like(stats.mean)
 
 
