@@ -2127,7 +2127,7 @@ def _max_kl_now(state, adv, variance):
     """
     config = state.config
     left = max(config.total_steps - state.steps, 1) / config.total_steps if config.kl_schedule == "linear" else 1.0
-    keep = min(config.kl_memory, 1 - 1 / (state.updates + 1)) if any(state.powers) else 0.0
+    keep = min(config.kl_memory, 1 - 1 / (state.updates + 1)) if any(state.powers) else 0.0  # none yet: these are they
     now = float(_mean_over_ranks(np.mean(np.square(adv, dtype=np.float64)), len(adv))), variance
     powers = tuple(new + keep * (old - new) for new, old in zip(now, state.powers, strict=True))
     share = max(new / mean if mean else 0.0 for new, mean in zip(now, powers, strict=True)) or 1.0
@@ -2786,7 +2786,7 @@ def _signals_noted():
 
     def note(number, _):
         received.append(number)
-        if not _launched()[0]:
+        if not _launched()[0]:  # of several ranks the first says it
             with contextlib.suppress(OSError):
                 os.write(2, b"\ntrpo_min: stopping after the update in progress; at a second signal, at once\n")
         for each in handlers:
