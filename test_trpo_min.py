@@ -377,9 +377,9 @@ def test_fvp_is_the_same_where_the_derivatives_of_the_outputs_are_kept(case):
     v = case.rng.normal(size=case.theta.shape)
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
     sizes, acts, m, nvec = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
-    jac = tm._jac(case.theta, sizes, acts, 2 * sizes[-1] + 1)
+    jac = tm._jac(case.theta, sizes, acts, sizes[-1] + 1)
     assert jac.size == (len(case.obs) * sizes[-1] * sum(sizes[1:-2]) if sizes[-1] < 5 else 0)
-    assert tm._jac(case.theta, sizes, acts, 2 * sizes[-1]).size == 0
+    assert tm._jac(case.theta, sizes, acts, sizes[-1]).size == 0
     Fv = tm._fvp(case.theta, v, sizes, acts, jac, m, nvec, 0.0)
     error = np.abs(Fv - dense_fisher(*case[:3]) @ v).max()
     assert error <= tolerance(case, bound_fvp(case, np.abs(v)))
@@ -572,13 +572,98 @@ def test_cg_matches_a_direct_solver_to_the_condition_number(seed, n, log_conditi
     assert np.linalg.norm(result.x - exact) <= 10 * 10.0**log_condition * residual
 
 
-@given(seeds, st.integers(1, 20), st.floats(0, 8))
-def test_cg_ends_within_n_iterations_however_far_apart_the_eigenvalues_are(seed, n, log_condition):
+@given(seeds, st.integers(1, 20), st.integers(0, 6))
+def test_preconditioned_cg_is_plain_cg_in_the_coordinates_of_the_preconditioner(seed, n, max_iter):
+    rng = np.random.default_rng(seed)
+    A, C, b = spd(rng, n, 1), spd(rng, n, 1), rng.normal(size=n)  # x = C y, and C A C y = C b
+    x = tm.cg(lambda p: A @ p, b, max_iter, 0.0, precondition=lambda r: C @ (C @ r)).x
+    y = tm.cg(lambda p: C @ A @ C @ p, C @ b, max_iter, 0.0).x
+    # CG can amplify rounding, up to the condition number, 1e3, in each iteration: compare what they minimise
+    energy = [each @ A @ each / 2 - b @ each for each in (x, C @ y)]
+    assert isclose(*energy, rtol=1e-9, atol=1e-12 * b @ b)
+
+
+@given(seeds, st.integers(1, 30), st.floats(0, 6))
+def test_cg_preconditioned_by_the_inverse_takes_one_iteration(seed, n, log_condition):
     rng = np.random.default_rng(seed)
     A, b = spd(rng, n, log_condition), rng.normal(size=n)
-    x = tm.cg(lambda p: A @ p, b, max_iter=n, tol=0.0).x  # exact arithmetic would end at the solution
-    # rounding of A p, |A| = 1, against |A^-1|; residuals that are left to themselves are off by all of b at 1e4
-    assert np.linalg.norm(b - A @ x) <= 10 * n * EPS * 10.0**log_condition * np.linalg.norm(b)
+    result = tm.cg(lambda p: A @ p, b, precondition=lambda r: np.linalg.solve(A, r), tol=1e-3)
+    assert (result.n_iter, result.status) == (1, "converged")
+    assert np.linalg.norm(result.x - np.linalg.solve(A, b)) <= 100 * n * EPS * 10**log_condition * np.linalg.norm(
+        result.x
+    )
+
+
+@given(seeds, st.integers(1, 30))
+def test_cg_ends_at_a_preconditioner_that_is_not_positive_with_a_status(seed, n):
+    b = np.random.default_rng(seed).normal(size=n)
+    result = tm.cg(lambda p: p, b, precondition=lambda r: -r)
+    assert (result.status, result.n_iter) == ("negative curvature", 0) and (result.x == 0).all()
+
+
+def dense_preconditioner(case, damping, r):
+    policy, theta, obs = case.policy, case.theta, case.obs[::7]
+    J, mu, h, at, parts = dense_jacobian(policy, theta, obs), dense_forward(policy, theta, obs), obs, 0, []
+    M = np.ones((len(obs), 1, 1)) if policy.head == "value" else dense_metric(policy, mu)
+    for W, b in layers(policy, theta)[0]:
+        m, n = W.shape
+        G = J[:, :, at + m * n : at + m * n + n]  # the derivative by b is that by what goes into the tanh
+        h = np.c_[h, np.ones(len(h))]
+        A, S = h.T @ h / len(h), np.einsum("nki,nkl,nlj->ij", G, M, G) / len(obs)
+        a, s = np.trace(A) / len(A), max(np.trace(S) / len(S), 1e-30)
+        A, S = (each if len(each) <= 512 else np.eye(len(each)) * np.trace(each) / len(each) for each in (A, S))
+        damped = np.sqrt(max(damping, 1e-6 * a * s))
+        A, S = A + damped * np.sqrt(a / s) * np.eye(len(A)), S + damped * np.sqrt(s / a) * np.eye(len(S))
+        R = r[at : at + m * n + n].reshape(m + 1, n)
+        parts.append(np.linalg.solve(A, np.linalg.solve(S, R.T).T).ravel())
+        at, h = at + m * n + n, np.tanh(h[:, :-1] @ W + b)
+    return np.concatenate([*parts, r[at:] / (2 + damping)])
+
+
+@given(cases(heads=("gaussian", "categorical", "value"), scales=(0.3, 1.0), wide=6), st.floats(1e-3, 1))
+def test_the_preconditioner_is_the_inverse_of_the_kronecker_products_of_every_seventh_row(case, damping):
+    case = mild(case)
+    r = case.rng.normal(size=case.theta.shape)
+    expected = dense_preconditioner(case, damping, r)
+    # A and S are of the order of 1, and 1e-3 at least with their damping; M cancels to 1e-2 in a mild head
+    assert np.linalg.norm(preconditioner(case, damping)(r) - expected) <= 1e-9 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("sizes", [(511, 3, 2), (512, 3, 2), (3, 512, 2), (3, 513, 2)])
+def test_a_factor_of_more_than_512_columns_is_its_mean_eigenvalue(sizes):
+    rng, policy = np.random.default_rng(0), tm.Policy(sizes, "gaussian")
+    case = Case(policy, tm.init_params(policy, rng), rng.normal(size=(20, sizes[0])), rng)
+    case.theta[:] += 0.1 * rng.normal(size=case.theta.shape)
+    r = rng.normal(size=case.theta.shape)
+    expected = dense_preconditioner(case, 0.1, r)
+    assert np.linalg.norm(preconditioner(case, 0.1)(r) - expected) <= 1e-9 * np.linalg.norm(expected)
+
+
+def preconditioner(case, damping):
+    acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
+    fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
+    return tm._preconditioner(case.theta, *fisher, damping, case.theta.dtype)
+
+
+@given(cases(heads=("gaussian", "categorical", "value"), wide=6), st.sampled_from([0.0, 1e-3, 1.0]))
+def test_the_preconditioner_is_symmetric_and_positive_definite_whatever_the_network(case, damping):
+    P = np.array([preconditioner(case, damping)(unit) for unit in np.eye(len(case.theta))])
+    scale = np.sqrt(np.outer(P.diagonal(), P.diagonal()))
+    assert (P.diagonal() > 0).all() and (np.abs(P - P.T) <= 1e-6 * scale).all()
+    assert np.linalg.eigvalsh((P + P.T) / 2 / scale).min() > -1e-6
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 5))
+def test_the_preconditioner_is_the_inverse_of_f_where_one_layer_is_all_there_is(seed, D, repeats):
+    rng = np.random.default_rng(seed)
+    value = tm.Policy((D, 1), "value")
+    obs = np.repeat(rng.normal(size=(D + 5, D)), 7 * repeats, axis=0)  # so that every seventh row is as all
+    case = Case(value, rng.normal(size=D + 1), obs, rng)
+    v = rng.normal(size=D + 1)
+    Fv = tm.fvp(*case[:3], v)
+    A = np.c_[obs, np.ones(len(obs))].T @ np.c_[obs, np.ones(len(obs))] / len(obs)
+    # but for the least damping, a thousandth of the mean eigenvalue in A and in S = 1
+    assert np.linalg.norm(preconditioner(case, 0.0)(Fv) - v) <= 0.01 * np.linalg.cond(A) * np.linalg.norm(v)
 
 
 @given(seeds, st.integers(2, 30), st.floats(0, 8))
@@ -684,7 +769,8 @@ def test_the_solve_of_an_update_says_whether_it_converged():
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
     for max_iter, expected in ((2, tm.ITERATION_LIMIT), (500, tm.CONVERGED)):
         fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
-        assert tm._solve(case.theta, np.ones_like(case.theta), *fisher, 0.1, max_iter, 1e-8)[3] == expected
+        config = tm.Config(cg_iters=max_iter, cg_tol=1e-8)
+        assert tm._solve(case.theta, np.ones_like(case.theta), *fisher, 0.1, config)[3] == expected
 
 
 @pytest.mark.parametrize("factor", [np.nan, 1e-310])
@@ -694,14 +780,16 @@ def test_cg_ends_at_a_product_or_a_step_that_is_not_finite(factor):
     assert (result.x == 0).all()
 
 
-@given(cases(scales=(0.3, 1.0)), st.floats(0.01, 1), st.integers(1, 12))
-def test_the_solve_of_an_update_is_cg_over_fvp_and_its_curvature_leaves_the_damping_out(case, damping, max_iter):
+@given(cases(scales=(0.3, 1.0)), st.floats(0.01, 1), st.integers(1, 12), st.booleans())
+def test_the_solve_of_an_update_is_cg_over_fvp_and_its_curvature_leaves_the_damping_out(case, damping, max_iter, plain):
     case = mild(case)
     b = case.rng.normal(size=case.theta.shape)
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
     fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
-    x, _, _, _, curvature = tm._solve(case.theta, b, *fisher, damping, max_iter, 1e-10)
-    result = tm.cg(lambda p: tm.fvp(*case[:3], p, damping), b, max_iter, 1e-10)
+    config = tm.Config(cg_iters=max_iter, cg_tol=1e-10, precondition=not plain)
+    x, _, _, _, curvature = tm._solve(case.theta, b, *fisher, damping, config)
+    P = None if plain else preconditioner(case, damping)
+    result = tm.cg(lambda p: tm.fvp(*case[:3], p, damping), b, max_iter, 1e-10, precondition=P)
     # they scale b differently, and CG can amplify the rounding up to the condition number: compare what they minimise
     energy = [y @ tm.fvp(*case[:3], y, damping) / 2 - b @ y for y in (x, result.x)]
     assert isclose(*energy, rtol=1e-5)
@@ -716,25 +804,27 @@ def fixed_case(head="categorical", n=60, seed=0):
     )
 
 
-def solve_case(case, tol=0.01, factor=1.0, solve=None):
+def solve_case(case, tol=0.01, factor=1.0, solve=None, cg_iters=10):
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
     fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
     b = np.random.default_rng(0).normal(size=case.theta.shape).astype(case.theta.dtype)
-    return (solve or tm._solve_to_tol)(case.theta, b * factor, *fisher, 0.1, 10, tol)
+    config = tm.Config(cg_iters=cg_iters, cg_tol=tol)
+    return (solve or tm._solve_to_tol)(case.theta, b * factor, *fisher, 0.1, config)
 
 
 @given(cases(scales=(0.3, 1.0), wide=6))
-def test_a_solve_to_few_digits_comes_as_far_with_products_in_float32(case):
+def test_ten_iterations_to_few_digits_with_products_in_float32_come_as_far_as_seven_in_float64(case):
     case = mild(case)
     x, residual, _, _, curvature = solve_case(case)
-    exact = solve_case(case, solve=tm._solve)[0]
+    exact = solve_case(case, solve=tm._solve, cg_iters=7)[0]
     b, F = np.random.default_rng(0).normal(size=case.theta.shape), functools.partial(tm.fvp, *case[:3])
     largest = np.linalg.norm([F(unit) for unit in np.eye(len(b))])  # at least the largest eigenvalue
     # F v is off by a few roundings of |F| |v|, ten times, and |x| is at most |b| / damping
     off = 100 * np.finfo(np.float32).eps * (largest + 0.1) * np.linalg.norm(b) / 0.1
     assert abs(np.linalg.norm(b - F(x, 0.1)) - residual) <= off
     assert isclose(curvature, x @ F(x), rtol=1e-5, atol=off * np.linalg.norm(x))
-    # what both maximise; one may end an iteration sooner, at a residual of 0.01 |b|, which is worth |r|^2 / 2 damping
+    # what both maximise: rounding delays CG, here by three iterations of ten at most, and one may end at a residual of
+    # 0.01 |b|, which is worth |r|^2 / 2 damping
     gained, most = (b @ y - y @ F(y, 0.1) / 2 for y in (x, exact))
     assert gained >= most - off * np.linalg.norm(x) - 0.01**2 * b @ b / 0.2
 
@@ -1153,7 +1243,8 @@ def test_an_update_reports_the_residual_of_its_solve_in_the_units_of_the_gradien
     case = fixed_case(head)
     batch, config = make_batch(case, 100 * case.rng.normal(size=60)), tm.Config(cg_iters=3)
     grad = tm.surrogate_grad(case.policy, case.theta, batch)
-    solved = tm.cg(lambda p: tm.fvp(*case[:3], p, config.damping), grad, config.cg_iters, config.cg_tol)
+    F, P = lambda p: tm.fvp(*case[:3], p, config.damping), preconditioner(case, config.damping)
+    solved = tm.cg(F, grad, config.cg_iters, config.cg_tol, precondition=P)
     _, info = tm.trpo_update(case.policy, case.theta, batch, config)
     assert isclose(info.cg_residual, solved.residual_norm, rtol=1e-6) and solved.residual_norm > 1e-3 * info.grad_norm
 
@@ -1237,7 +1328,8 @@ def test_the_curvature_keeps_its_precision_where_the_damping_dwarfs_it():
     batch = tm.Batch(obs, rng.integers(2, size=(20, 1)), rng.normal(size=20), mu)
     acts = tm._activations(theta, np.array(policy.sizes), obs)
     grad = tm.surrogate_grad(policy, theta, batch._replace(adv=batch.adv / np.abs(batch.adv).max()))
-    x = tm._solve(theta, grad, *tm._fisher(policy, acts, tm._outputs(policy, theta, acts)), 1.0, 10, 1e-10)[0]
+    config = tm.Config(cg_tol=1e-10)
+    x = tm._solve(theta, grad, *tm._fisher(policy, acts, tm._outputs(policy, theta, acts)), 1.0, config)[0]
     p = scipy.special.expit(mu[:, 0] - mu[:, 1])
     along = obs @ (x[[0, 2]] - x[[1, 3]]) + x[4] - x[5]
     for cg_tol, rtol in ((1e-10, 1e-9), (0.01, 1e-5)):  # products in float64; in float32, whose rounding is 6e-8
@@ -1472,7 +1564,7 @@ def test_a_value_step_of_one_conjugate_gradient_iteration_goes_along_the_gradien
     old, J = dense_forward(*case[:3])[:, 0], dense_jacobian(*case[:3])[:, 0]
     error = case.rng.normal(size=len(old))
     error -= error.mean()  # the bias would take it
-    config = tm.Config(value_iters=1, cg_iters=1, cg_tol=0.0)
+    config = tm.Config(value_iters=1, cg_iters=1, cg_tol=0.0, precondition=False)
     step, gradient = tm.fit_value(*case[:3], old + error, config) - case.theta, J.T @ error
     lengths = np.linalg.norm(step), np.linalg.norm(gradient)
     assume(lengths[0] > 1e-3 * (1 + np.linalg.norm(case.theta)) and lengths[1] > 1e-3)  # more than its rounding
@@ -2109,10 +2201,13 @@ def test_one_iteration_scales_rewards_fits_the_value_function_and_reports_what_i
     scale = 1 / np.sqrt(rollout.discounted.var() + 1e-8) if normalize_reward else 1.0
     adv, returns = tm._advantages(state, rollout, rollout.rewards * scale)
     assert isclose(explained, 1 - adv.var() / returns.var(), rtol=1e-9)
-    obs = rollout.obs.reshape(200, 2)
+    obs, actions, mu, adv, returns = (  # environment by environment
+        each.swapaxes(0, 1).reshape(200, *each.shape[2:])
+        for each in (rollout.obs, rollout.actions, rollout.mu, adv, returns)
+    )
     before, fitted = (tm.forward(state.value, phi, obs)[:, 0] for phi in (state.phi, after.phi))
-    assert np.square(fitted - returns.ravel()).mean() < np.square(before - returns.ravel()).mean()
-    batch = tm.Batch(obs, rollout.actions.reshape(200, 1), adv.ravel() - adv.mean(), rollout.mu.reshape(200, 2))
+    assert np.square(fitted - returns).mean() < np.square(before - returns).mean()
+    batch = tm.Batch(obs, actions, adv - adv.mean(), mu)
     theta, expected = tm.trpo_update(state.policy, state.theta, batch, state.config)
     assert allclose(after.theta, theta, rtol=1e-9, atol=1e-12)
     assert isclose(info.surrogate, expected.surrogate, rtol=1e-9)
@@ -4593,12 +4688,14 @@ def test_an_iteration_of_several_ranks_is_that_of_one_process_with_all_of_their_
 
 @pytest.mark.parametrize("n", [50, 500])
 def test_what_the_ranks_send_each_other_grows_with_the_parameters_and_not_with_the_rows(n):
-    """The gradient and each of 10 products F v; and a few numbers, two of them a candidate of the line search."""
+    """The gradient, the preconditioner's factors, each of 4 products F v; and a few numbers, two of them a candidate of
+    the line search."""
     case, ranks, config = fixed_case("gaussian", n), Ranks(2), CONFIG._replace(cg_tol=0.0)
     batch, cuts = make_batch(case), [slice(0, 1), slice(1, n)]
     results = ranks.run(lambda rank: tm.trpo_update(case.policy, case.theta, part(batch, cuts[rank]), config))
     large = [size for size in ranks.sent if size > 2]
-    assert large == [len(case.theta) + 1] * 11
+    factors = sum((m + 1) ** 2 + n**2 for m, n in pairwise(case.policy.sizes))
+    assert large == [len(case.theta) + 1, factors + 1, *[len(case.theta) + 1] * 4]
     assert len(ranks.sent) - len(large) <= 8 + 2 * results[0][1].backtracks
 
 

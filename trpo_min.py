@@ -14,7 +14,7 @@ Each update maximises the surrogate L inside a trust region of the mean KL diver
     E2  D(old, theta) = mean_n KL(pi_old(.|s_n) || pi_theta(.|s_n))
     E3  g = grad L at old = mean_n J_n^T score_n w_n A_n           J_n = d mu_theta(s_n) / d theta
     E4  F v = mean_n J_n^T M_n J_n v                               M_n = Hessian of KL in mu, in closed form
-    E5  (F + c I) step_dir = g                                     by conjugate gradients
+    E5  (F + c I) step_dir = g                                     by preconditioned conjugate gradients
     E6  step_length = sqrt(2 max_kl / step_dir^T F step_dir)
     E7  accept the first backtrack j with D <= max_kl and L > L(old)
     E8  generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438)
@@ -290,10 +290,13 @@ class Config(NamedTuple):
     damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
         0.1
     )
-    cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per step"] = 10
+    cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per step"] = 4
     cg_tol: Annotated[
         float, "[0, 1)", "stop a solve at this residual over the right-hand side; at 1e-3 or more F v is in float32"
     ] = 0.01
+    precondition: Annotated[bool, "", "conjugate gradients preconditioned by Kronecker factors of F, or plain ones"] = (
+        True
+    )
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
     value_rollouts: Annotated[
@@ -963,13 +966,13 @@ def _jtu_chunks(theta, v, sizes, acts, jac, m, nvec, u, partial, first, last):
 def _jac(theta, sizes, acts, n_fvp):
     """jac for acts; empty where there are less than two hidden layers, or n_fvp times F v would not repay it.
 
-    It takes a product for each output once, and spares every F v two of the four between hidden layers.  At ten times
-    F v a value fit is 1.2 to 1.3 times as fast, an update of two or three outputs 1.0 to 1.2 times; of six it would be
-    slower.  Solves that may take more seldom do.  Where G has more than eight rows for each of acts it leaves the
+    It takes a product for each output once, and spares every F v two of the four between hidden layers.  With it, four
+    F v of one to three outputs take 0.7 to 0.9 times as long, of four 1.0 to 1.1 times; ten F v of four 0.8 to 0.9
+    times.  Solves that may take more seldom do.  Where G has more than eight rows for each of acts it leaves the
     caches: three outputs, 32 layers of 64 took 1.5 times as long.
     """
     n_rows, K = acts.size // sizes.sum(), sizes[-1]
-    pays = min(n_fvp, 10) > 2 * K and K * (sizes.size - 3) <= 8
+    pays = min(n_fvp, 5) > K and K * (sizes.size - 3) <= 8
     jac = np.empty(n_rows * K * sizes[1:-2].sum() if pays else 0, acts.dtype)
     if jac.size > 0:
         _in_parallel(_jac_blocks, _n_blocks(n_rows), theta, sizes, acts, jac)
@@ -1003,59 +1006,34 @@ def _dot(a, b):
     return total
 
 
-@jit
-def _cg_step(x, r, p, Ap, alpha, rr, units, n_iter):
-    """An iteration of _cg, from A p and alpha on, in place: returns the new r . r.
-
-    units: the first residuals, each scaled to length 1, and zeros for those to come.  As one compiled call, and not a
-    dozen of NumPy, it makes an update on 1,024 rows take 6% less time.
-    """
-    if n_iter < len(units):
-        _add_times(units[n_iter], 1 / rr**0.5, r)
-    _add_times(x, alpha, p)
-    _add_times(r, -alpha, Ap)
-    if n_iter < len(units):
-        for n in range(n_iter + 1):
-            _add_times(r, -_dot(units[n], r), units[n])
-    rr_before, rr = rr, _dot(r, r)
-    beta = p.dtype.type(rr / rr_before)
-    for k in range(p.size):
-        p[k] = r[k] + beta * p[k]
-    return rr
-
-
-def _cg(matvec, b, max_iter, tol):
-    """x, the residual r = b - A x by recurrence, iterations and status of cg.  matvec may round more than b's dtype.
-
-    Residuals are orthogonal up to rounding, which grows where eigenvalues are far apart, and then costs iterations.
-    So the first twenty, more than cg_iters by default, are made orthogonal to those before, at n_iter^2 P operations:
-    2% of an update.  Without it, the value function's error after a step is 0 to 2% larger (eight environments), and a
-    policy step on the double pendulum gains 3% less.
-    """
-    x, r, p = np.zeros_like(b), b.copy(), b.copy()
-    units = np.zeros((min(max_iter, 20), b.size), b.dtype)
-    rr, limits = _dot(r, r), np.finfo(b.dtype)
-    stop = max(tol, float(limits.eps)) ** 2 * rr  # where F is singular, x would grow by rounding alone
+def _cg(matvec, b, max_iter, tol, precondition):
+    """x, the residual r = b - A x by recurrence, iterations and status of cg.  matvec may round more than b's dtype."""
+    x, r, p, rz, limits = np.zeros_like(b), b.copy(), np.zeros_like(b), np.inf, np.finfo(b.dtype)
+    stop = max(tol, float(limits.eps)) ** 2 * _dot(r, r)  # where F is singular, x would grow by rounding alone
     for n_iter in range(max_iter):
-        if rr <= stop < np.inf:
+        if _dot(r, r) <= stop < np.inf:
             return x, r, n_iter, CONVERGED
+        z = precondition(r)
+        rz_before, rz = rz, _dot(r, z)
+        p = z + b.dtype.type(rz / rz_before) * p
         Ap = matvec(p)
         pAp = _dot(p, Ap)
-        alpha = rr / pAp if pAp > 0 else np.nan  # infinite where pAp is near the least number there is
+        alpha = rz / pAp if min(rz, pAp) > 0 else np.nan  # infinite where pAp is near the least number there is
         if not (pAp < np.inf and alpha < float(limits.max)):  # also where it is NaN
-            return x, r, n_iter, NEGATIVE_CURVATURE if pAp <= 0 else NOT_FINITE
-        rr = _cg_step(x, r, p, Ap, alpha, rr, units, n_iter)
-    return x, r, max_iter, CONVERGED if rr <= stop else ITERATION_LIMIT
+            return x, r, n_iter, NEGATIVE_CURVATURE if min(rz, pAp) <= 0 else NOT_FINITE
+        _add_times(x, alpha, p)
+        _add_times(r, -alpha, Ap)
+    return x, r, max_iter, CONVERGED if _dot(r, r) <= stop else ITERATION_LIMIT
 
 
 @np.errstate(all="ignore")  # status says what went wrong
-def cg(matvec, b, max_iter=10, tol=1e-10):
+def cg(matvec, b, max_iter=10, tol=1e-10, *, precondition=None):
     """E5: solve A x = b by conjugate gradients from x = 0, for a symmetric positive definite matvec(p) = A p.
 
     Stops at a residual |b - A x| <= max(tol, eps) |b|, or after max_iter iterations, or, with x as it was before that
     iteration, at a direction p with p^T A p <= 0 or not finite: see CGResult.status.  b = 0 gives x = 0 in no
     iterations.  The residual is the recurrence's, equal to |b - A x| to about n_iter eps |A| |x|.  b is left as it is.
-    Up to twenty residuals are kept.
+    precondition(r): about A^-1 r, symmetric and positive definite too; the nearer, the fewer iterations.
     Source: Hestenes and Stiefel 1952.
     """
     b = _finite("b", b, (None,))
@@ -1063,14 +1041,119 @@ def cg(matvec, b, max_iter=10, tol=1e-10):
     _check_number("tol", tol, float, "[0, inf)")
     scale = np.abs(b).max() or 1.0  # squares of |b| may not overflow or underflow
 
-    def checked(p):
-        Ap = np.array(matvec(p.copy()), b.dtype)
-        if Ap.shape != b.shape:
-            raise ValueError(f"matvec(p) must have the shape of p, {b.shape}, got {Ap.shape}")
-        return Ap
+    def checked(name, function):
+        def call(p):
+            Ap = np.array(function(p.copy()), b.dtype)
+            if Ap.shape != b.shape:
+                raise ValueError(f"{name}(p) must have the shape of p, {b.shape}, got {Ap.shape}")
+            return Ap
 
-    x, r, n_iter, status = _cg(checked, b / scale, max_iter, tol)
+        return call
+
+    products = checked("matvec", matvec), checked("precondition", precondition or (lambda r: r))
+    x, r, n_iter, status = _cg(products[0], b / scale, max_iter, tol, products[1])
     return CGResult(x * scale, _dot(r, r) ** 0.5 * float(scale), n_iter, status)
+
+
+# The preconditioner: for each layer the block of F is near A (x) S, A = mean h h^T of its inputs h and a 1 for b, and
+# S = mean G^T M G, with G (K, n) the derivative of the outputs by what goes into its tanh; (A (x) S)^-1 takes the
+# layer's part R (m + 1, n) of a vector to A^-1 R S^-1.  Source: Martens and Grosse 2015, "Optimizing Neural Networks
+# with Kronecker-factored Approximate Curvature", arXiv:1503.05671.
+WIDEST = 512  # a factor of more columns would cost more than it spares: its mean eigenvalue stands for it
+
+
+@jit
+def _side(width):
+    return width if width <= WIDEST else 1
+
+
+@jit
+def _kronecker_pair(factors, sizes, layer):
+    """A (m + 1, m + 1) and S (n, n) of a layer, or (1, 1), as views into factors, which holds those of all in turn."""
+    start = 0
+    for k in range(layer):
+        start += _side(sizes[k] + 1) ** 2 + _side(sizes[k + 1]) ** 2
+    m, n = _side(sizes[layer] + 1), _side(sizes[layer + 1])
+    return factors[start : start + m * m].reshape(m, m), factors[start + m * m : start + m * m + n * n].reshape(n, n)
+
+
+@jit
+def _gram(rows, out):
+    """out <- rows^T rows, or, where that is too wide, its mean eigenvalue."""
+    if len(out) == rows.shape[1]:
+        np.dot(rows.T, rows, out)
+    else:
+        out[0, 0] = np.square(rows).sum() / rows.shape[1]
+
+
+@jit
+def _kronecker_factors(theta, sizes, acts, m, nvec, stride):
+    """A and S of each layer, means over every stride-th row.  G begins with a root R of M = R^T R of those rows."""
+    n_rows, K, size = acts.size // sizes.sum(), sizes[-1], 0
+    n = (n_rows + stride - 1) // stride
+    G = np.zeros((n * K, K), theta.dtype)
+    for row in range(n):
+        p, first = m[row * stride], 0
+        for k in range(K if nvec.size == 0 else 0):
+            G[row * K + k, k] = np.sqrt(p[k])
+        for choices in nvec:  # row k of R is sqrt(p_k) (e_k - p)
+            for k in range(first, first + choices):
+                for other in range(first, first + choices):
+                    G[row * K + k, other] = np.sqrt(p[k]) * ((k == other) - p[other])
+            first += choices
+    for layer in range(sizes.size - 1):
+        size += _side(sizes[layer] + 1) ** 2 + _side(sizes[layer + 1]) ** 2
+    factors = np.empty(size, theta.dtype)
+    for layer in range(sizes.size - 2, -1, -1):
+        A, S = _kronecker_pair(factors, sizes, layer)
+        inputs, h = _rows(acts, sizes, layer, 0, n_rows), np.ones((n, sizes[layer] + 1), theta.dtype)
+        for row in range(n):
+            for k in range(sizes[layer]):
+                h[row, k] = inputs[row * stride, k]
+        _gram(h, A)
+        _gram(G, S)
+        if layer > 0:
+            G = np.dot(G, _layer(theta, sizes, layer)[0].T)
+            _times_tanh_slope(G, h)
+    return factors / factors.dtype.type(n)
+
+
+@jit
+def _kronecker_times(inverses, sizes, damping, r):
+    """About (F + damping I)^-1 r: A^-1 R S^-1 for each layer's part R of r; log_std's block of F is 2 I."""
+    z, start = np.empty_like(r), 0
+    for layer in range(sizes.size - 1):
+        A, S = _kronecker_pair(inverses, sizes, layer)
+        m, n = sizes[layer] + 1, sizes[layer + 1]
+        R, out = r[start : start + m * n].reshape(m, n), z[start : start + m * n].reshape(m, n)
+        R = np.dot(A, R) if len(A) == m else A[0, 0] * R
+        out[:] = np.dot(R, S) if len(S) == n else S[0, 0] * R
+        start += m * n
+    for k in range(start, r.size):
+        z[k] = r[k] / (2 + damping)
+    return z
+
+
+def _preconditioner(theta, sizes, acts, m, nvec, damping, dtype):
+    """A function of r, of that dtype: about (F + damping I)^-1 r.
+
+    (A + u I) (x) (S + damping / u I) stands for A (x) S + damping I, with u^2 damping times the mean eigenvalue of A
+    over that of S.  Every seventh row is enough.
+    """
+    stride = 7  # not 8, which of 8 environments whose rows take turns would see one
+    factors = _kronecker_factors(theta, sizes, acts, m, nvec, stride)
+    factors = _mean_over_ranks(factors, -(-len(m) // stride)).astype(np.float64)
+    for layer in range(len(sizes) - 1):
+        A, S = _kronecker_pair(factors, sizes, layer)
+        a, s = float(A.trace()) / len(A), max(float(S.trace()) / len(S), 1e-30)
+        damped = max(damping, 1e-6 * a * s) ** 0.5  # so few rows may say nothing of some directions
+        for factor, ratio in ((A, a / s), (S, s / a)):
+            diagonal = slice(None, None, len(factor) + 1)
+            factor.flat[diagonal] += damped * ratio**0.5
+            upper, info = scipy.linalg.lapack.dpotri(scipy.linalg.lapack.dpotrf(factor)[0])
+            factor[:] = upper + upper.T if info == 0 else np.nan  # which cg looks for
+            factor.flat[diagonal] /= 2
+    return functools.partial(_kronecker_times, factors.astype(dtype), sizes, dtype.type(damping))
 
 
 @jit
@@ -1100,17 +1183,18 @@ def _fvp(theta, v, sizes, acts, jac, m, nvec, damping):
     return _mean_damped(sums, n_rows, v, sizes, float(damping))
 
 
-def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
+def _solve(theta, b, sizes, acts, m, nvec, damping, config):
     """cg for (F + damping I) x = b: x, the residual's norm, iterations, status, and x^T F x without the damping.
 
     x^T F x = x . (b - r) - damping x . x costs no product; where that cancels four digits or more, it takes one.
     """
-    jac = _jac(theta, sizes, acts, max_iter)
+    jac = _jac(theta, sizes, acts, config.cg_iters)
+    P = _preconditioner(theta, sizes, acts, m, nvec, damping, b.dtype) if config.precondition else lambda r: r
 
     def F(v, c=0.0):
         return _fvp(theta, v, sizes, acts, jac, m, nvec, c)
 
-    x, r, n_iter, status = _cg(lambda p: F(p, damping), b, max_iter, tol)
+    x, r, n_iter, status = _cg(lambda p: F(p, damping), b, config.cg_iters, config.cg_tol, P)
     damped = damping * _dot(x, x)
     curvature = _dot(x, b) - _dot(x, r) - damped
     if curvature < 1e-4 * damped:
@@ -1118,22 +1202,21 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
     return x, _dot(r, r) ** 0.5, n_iter, status, curvature
 
 
-def _solve_to_tol(theta, b, sizes, acts, m, nvec, damping, max_iter, tol):
-    """_solve; where a tol of 1e-3 or more asks for few digits of x, with products in float32, and the rest as it is.
+def _solve_to_tol(theta, b, sizes, acts, m, nvec, damping, config):
+    """_solve; where a cg_tol of 1e-3 or more asks for few digits of x, with products in float32, and the rest as it is.
 
     Training in float64 takes a tenth less time so on one thread, a twentieth on two.  With the settings' defaults x
     moves by less than 1e-5 of its length; where observations are not normalised and damping is small, the solve can
     come a tenth less far.  Where float32 overflows, or finds no curvature, float64 decides.
     """
-    if theta.dtype == np.float64 and tol >= 1e-3:
+    if theta.dtype == np.float64 and config.cg_tol >= 1e-3:
         theta_32, acts_32, m_32 = (each.astype(np.float32) for each in (theta, acts, m))
         scale = float(np.abs(b).max()) or 1.0  # so that float32 can hold b
-        x, residual, n_iter, status, curvature = _solve(
-            theta_32, b / scale, sizes, acts_32, m_32, nvec, damping, max_iter, tol
-        )
+        b_32 = b / scale
+        x, residual, n_iter, status, curvature = _solve(theta_32, b_32, sizes, acts_32, m_32, nvec, damping, config)
         if status in (CONVERGED, ITERATION_LIMIT) and 0 < curvature < np.inf:
             return x * scale, residual * scale, n_iter, status, curvature * (scale * scale)
-    return _solve(theta, b, sizes, acts, m, nvec, damping, max_iter, tol)
+    return _solve(theta, b, sizes, acts, m, nvec, damping, config)
 
 
 # =========================================================================== the policy as a function of its parameters
@@ -1277,7 +1360,7 @@ def _trust_region_step(net, params, acts, mu, grad, objective, divergence, radiu
     sizes, n_rows = np.array(net.sizes), acts.size // sum(net.sizes)
     obs, old = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), objective(mu)
     step_dir, cg_residual, cg_iters, status, curvature = _solve_to_tol(  # E4, E5
-        params, grad, *_fisher(net, acts, mu), config.damping, config.cg_iters, config.cg_tol
+        params, grad, *_fisher(net, acts, mu), config.damping, config
     )
     step = {"accepted": False, "kl": 0.0, "surrogate": old, "surrogate_old": old, "step_length": 0.0, "backtracks": 0}
     step |= {"curvature": curvature, "cg_iters": cg_iters, "cg_residual": cg_residual, "cg_status": status}
