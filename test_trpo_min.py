@@ -572,6 +572,15 @@ def test_cg_matches_a_direct_solver_to_the_condition_number(seed, n, log_conditi
     assert np.linalg.norm(result.x - exact) <= 10 * 10.0**log_condition * residual
 
 
+@given(seeds, st.integers(1, 8), st.floats(0, 2))
+def test_cg_ends_within_n_iterations(seed, n, log_condition):
+    rng = np.random.default_rng(seed)
+    A, b = spd(rng, n, log_condition), rng.normal(size=n)
+    x = tm.cg(lambda p: A @ p, b, max_iter=n, tol=0.0).x  # exact arithmetic would end at the solution
+    # of the 16 digits rounding takes two, those of the condition number, in each of some iterations, but not half
+    assert np.linalg.norm(b - A @ x) <= 1e-8 * 10.0**log_condition * np.linalg.norm(b)
+
+
 @given(seeds, st.integers(1, 20), st.integers(0, 6))
 def test_preconditioned_cg_is_plain_cg_in_the_coordinates_of_the_preconditioner(seed, n, max_iter):
     rng = np.random.default_rng(seed)
@@ -642,7 +651,7 @@ def test_a_factor_of_more_than_512_columns_is_its_mean_eigenvalue(sizes):
 def preconditioner(case, damping):
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
     fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
-    return tm._preconditioner(case.theta, *fisher, damping, case.theta.dtype)
+    return tm._preconditioner(case.theta, *fisher, damping)
 
 
 @given(cases(heads=("gaussian", "categorical", "value"), wide=6), st.sampled_from([0.0, 1e-3, 1.0]))
@@ -4694,8 +4703,8 @@ def test_what_the_ranks_send_each_other_grows_with_the_parameters_and_not_with_t
     batch, cuts = make_batch(case), [slice(0, 1), slice(1, n)]
     results = ranks.run(lambda rank: tm.trpo_update(case.policy, case.theta, part(batch, cuts[rank]), config))
     large = [size for size in ranks.sent if size > 2]
-    factors = sum((m + 1) ** 2 + n**2 for m, n in pairwise(case.policy.sizes))
-    assert large == [len(case.theta) + 1, factors + 1, *[len(case.theta) + 1] * 4]
+    factors = [size**2 + 1 for m, n in reversed(list(pairwise(case.policy.sizes))) for size in (m + 1, n)]
+    assert large == [len(case.theta) + 1, *factors, *[len(case.theta) + 1] * 4]
     assert len(ranks.sent) - len(large) <= 8 + 2 * results[0][1].backtracks
 
 

@@ -294,9 +294,9 @@ class Config(NamedTuple):
     cg_tol: Annotated[
         float, "[0, 1)", "stop a solve at this residual over the right-hand side; at 1e-3 or more F v is in float32"
     ] = 0.01
-    precondition: Annotated[bool, "", "conjugate gradients preconditioned by Kronecker factors of F, or plain ones"] = (
-        True
-    )
+    precondition: Annotated[
+        bool, "", "precondition the solves by Kronecker factors of F; without, set cg_iters to 10 or more"
+    ] = True
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
     value_rollouts: Annotated[
@@ -1055,105 +1055,66 @@ def cg(matvec, b, max_iter=10, tol=1e-10, *, precondition=None):
     return CGResult(x * scale, _dot(r, r) ** 0.5 * float(scale), n_iter, status)
 
 
-# The preconditioner: for each layer the block of F is near A (x) S, A = mean h h^T of its inputs h and a 1 for b, and
-# S = mean G^T M G, with G (K, n) the derivative of the outputs by what goes into its tanh; (A (x) S)^-1 takes the
-# layer's part R (m + 1, n) of a vector to A^-1 R S^-1.  Source: Martens and Grosse 2015, "Optimizing Neural Networks
-# with Kronecker-factored Approximate Curvature", arXiv:1503.05671.
-WIDEST = 512  # a factor of more columns would cost more than it spares: its mean eigenvalue stands for it
+def _product(a, b):
+    """a b, on SciPy's BLAS, which _one_blas_thread holds to one thread: NumPy has its own."""
+    gemm = scipy.linalg.blas.sgemm if a.dtype == np.float32 else scipy.linalg.blas.dgemm
+    return gemm(1.0, b.T, a.T).T  # BLAS counts columns first
 
 
-@jit
-def _side(width):
-    return width if width <= WIDEST else 1
+def _kronecker_factors(theta, sizes, acts, m, nvec):
+    """A (m + 1, m + 1) and S (n, n) for each layer, the last one first: A (x) S is near its block of F.
+
+    A = mean h h^T of its inputs h and a 1 for b; S = mean G^T M G, with G (K, n) the derivative of the outputs by what
+    goes into its tanh, from M^1/2 on.  Every seventh row is enough: not eighth, which of eight environments whose rows
+    take turns would be one.  A factor of more than 512 columns would cost more than it spares: its mean eigenvalue
+    (1, 1) stands for it.  Source: Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored
+    Approximate Curvature", arXiv:1503.05671.
+    """
+    p, K = m[::7], sizes[-1]
+    layers = [x.reshape(len(m), -1)[::7] for x in np.split(acts, len(m) * np.cumsum(sizes)[:-1])]
+    group = np.repeat(np.arange(len(nvec)), nvec)
+    alike = group[:, None] == group if nvec.size else 0.0
+    G = np.sqrt(p)[:, :, None] * (np.eye(K) - alike * p[:, None, :])  # M = B^T B: row k of B is sqrt(p_k) (e_k - p)
+    G = G.reshape(-1, K).astype(theta.dtype)
+    for layer in range(len(sizes) - 2, -1, -1):
+        if layer < len(sizes) - 2:
+            (W, _), slope = _layer(theta, sizes, layer + 1), 1 - np.square(layers[layer + 1])
+            G = (_product(G, W.T).reshape(len(p), K, -1) * slope[:, None]).reshape(len(p) * K, -1)
+        h = np.append(layers[layer], np.ones((len(p), 1), theta.dtype), axis=1)
+        pair = (
+            _product(x.T, x) if x.shape[1] <= 512 else np.square(x).sum().reshape(1, 1) / x.shape[1] for x in (h, G)
+        )
+        yield [_mean_over_ranks(x.astype(np.float64) / len(p), len(p)) for x in pair]
 
 
-@jit
-def _kronecker_pair(factors, sizes, layer):
-    """A (m + 1, m + 1) and S (n, n) of a layer, or (1, 1), as views into factors, which holds those of all in turn."""
-    start = 0
-    for k in range(layer):
-        start += _side(sizes[k] + 1) ** 2 + _side(sizes[k + 1]) ** 2
-    m, n = _side(sizes[layer] + 1), _side(sizes[layer + 1])
-    return factors[start : start + m * m].reshape(m, m), factors[start + m * m : start + m * m + n * n].reshape(n, n)
-
-
-@jit
-def _gram(rows, out):
-    """out <- rows^T rows, or, where that is too wide, its mean eigenvalue."""
-    if len(out) == rows.shape[1]:
-        np.dot(rows.T, rows, out)
-    else:
-        out[0, 0] = np.square(rows).sum() / rows.shape[1]
-
-
-@jit
-def _kronecker_factors(theta, sizes, acts, m, nvec, stride):
-    """A and S of each layer, means over every stride-th row.  G begins with a root R of M = R^T R of those rows."""
-    n_rows, K, size = acts.size // sizes.sum(), sizes[-1], 0
-    n = (n_rows + stride - 1) // stride
-    G = np.zeros((n * K, K), theta.dtype)
-    for row in range(n):
-        p, first = m[row * stride], 0
-        for k in range(K if nvec.size == 0 else 0):
-            G[row * K + k, k] = np.sqrt(p[k])
-        for choices in nvec:  # row k of R is sqrt(p_k) (e_k - p)
-            for k in range(first, first + choices):
-                for other in range(first, first + choices):
-                    G[row * K + k, other] = np.sqrt(p[k]) * ((k == other) - p[other])
-            first += choices
-    for layer in range(sizes.size - 1):
-        size += _side(sizes[layer] + 1) ** 2 + _side(sizes[layer + 1]) ** 2
-    factors = np.empty(size, theta.dtype)
-    for layer in range(sizes.size - 2, -1, -1):
-        A, S = _kronecker_pair(factors, sizes, layer)
-        inputs, h = _rows(acts, sizes, layer, 0, n_rows), np.ones((n, sizes[layer] + 1), theta.dtype)
-        for row in range(n):
-            for k in range(sizes[layer]):
-                h[row, k] = inputs[row * stride, k]
-        _gram(h, A)
-        _gram(G, S)
-        if layer > 0:
-            G = np.dot(G, _layer(theta, sizes, layer)[0].T)
-            _times_tanh_slope(G, h)
-    return factors / factors.dtype.type(n)
-
-
-@jit
-def _kronecker_times(inverses, sizes, damping, r):
-    """About (F + damping I)^-1 r: A^-1 R S^-1 for each layer's part R of r; log_std's block of F is 2 I."""
-    z, start = np.empty_like(r), 0
-    for layer in range(sizes.size - 1):
-        A, S = _kronecker_pair(inverses, sizes, layer)
-        m, n = sizes[layer] + 1, sizes[layer + 1]
-        R, out = r[start : start + m * n].reshape(m, n), z[start : start + m * n].reshape(m, n)
-        R = np.dot(A, R) if len(A) == m else A[0, 0] * R
-        out[:] = np.dot(R, S) if len(S) == n else S[0, 0] * R
-        start += m * n
-    for k in range(start, r.size):
-        z[k] = r[k] / (2 + damping)
-    return z
-
-
-def _preconditioner(theta, sizes, acts, m, nvec, damping, dtype):
-    """A function of r, of that dtype: about (F + damping I)^-1 r.
+def _preconditioner(theta, sizes, acts, m, nvec, damping):
+    """A function of r: about (F + damping I)^-1 r, by A^-1 R S^-1 for each layer's part R (m + 1, n) of r.
 
     (A + u I) (x) (S + damping / u I) stands for A (x) S + damping I, with u^2 damping times the mean eigenvalue of A
-    over that of S.  Every seventh row is enough.
+    over that of S.
     """
-    stride = 7  # not 8, which of 8 environments whose rows take turns would see one
-    factors = _kronecker_factors(theta, sizes, acts, m, nvec, stride)
-    factors = _mean_over_ranks(factors, -(-len(m) // stride)).astype(np.float64)
-    for layer in range(len(sizes) - 1):
-        A, S = _kronecker_pair(factors, sizes, layer)
-        a, s = float(A.trace()) / len(A), max(float(S.trace()) / len(S), 1e-30)
+    inverses = []
+    for A, S in _kronecker_factors(theta, sizes, acts, m, nvec):
+        a, s = A.trace() / len(A), max(S.trace() / len(S), 1e-30)
         damped = max(damping, 1e-6 * a * s) ** 0.5  # so few rows may say nothing of some directions
         for factor, ratio in ((A, a / s), (S, s / a)):
             diagonal = slice(None, None, len(factor) + 1)
             factor.flat[diagonal] += damped * ratio**0.5
-            upper, info = scipy.linalg.lapack.dpotri(scipy.linalg.lapack.dpotrf(factor)[0])
-            factor[:] = upper + upper.T if info == 0 else np.nan  # which cg looks for
+            upper, _ = scipy.linalg.lapack.dpotri(scipy.linalg.lapack.dpotrf(factor)[0])  # half of the inverse
+            factor[:] = upper + upper.T
             factor.flat[diagonal] /= 2
-    return functools.partial(_kronecker_times, factors.astype(dtype), sizes, dtype.type(damping))
+        inverses.insert(0, (A, S))
+
+    def times(r):
+        z, start = r / (2 + damping), 0  # log_std's block of F is 2 I
+        for (A, S), m, n in zip(inverses, sizes[:-1] + 1, sizes[1:], strict=True):
+            R = r[start : start + m * n].reshape(m, n)
+            R = _product(A, R) if len(A) == m else A * R
+            z[start : start + m * n] = (_product(R, S) if len(S) == n else R * S).ravel()
+            start += m * n
+        return z
+
+    return times
 
 
 @jit
@@ -1189,7 +1150,7 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, config):
     x^T F x = x . (b - r) - damping x . x costs no product; where that cancels four digits or more, it takes one.
     """
     jac = _jac(theta, sizes, acts, config.cg_iters)
-    P = _preconditioner(theta, sizes, acts, m, nvec, damping, b.dtype) if config.precondition else lambda r: r
+    P = _preconditioner(theta, sizes, acts, m, nvec, damping) if config.precondition else lambda r: r
 
     def F(v, c=0.0):
         return _fvp(theta, v, sizes, acts, jac, m, nvec, c)
@@ -1206,7 +1167,7 @@ def _solve_to_tol(theta, b, sizes, acts, m, nvec, damping, config):
     """_solve; where a cg_tol of 1e-3 or more asks for few digits of x, with products in float32, and the rest as it is.
 
     Training in float64 takes a tenth less time so on one thread, a twentieth on two.  With the settings' defaults x
-    moves by less than 1e-5 of its length; where observations are not normalised and damping is small, the solve can
+    moves by about 1e-5 of its length; where observations are not normalised and damping is small, the solve can
     come a tenth less far.  Where float32 overflows, or finds no curvature, float64 decides.
     """
     if theta.dtype == np.float64 and config.cg_tol >= 1e-3:
