@@ -403,7 +403,10 @@ def peers(names, extra="bench"):
 
 
 def update(args):
-    """One policy update, 10 CG iterations and one candidate, beside the same of sb3-contrib, Tianshou and JAX."""
+    """One policy update, 10 plain CG iterations and one candidate, beside the same of sb3-contrib, Tianshou and JAX.
+
+    And ours by default: of 4 iterations, preconditioned.
+    """
     print(machine())
     others = list(peers({sb3: "sb3_contrib", tianshou: "tianshou", jax: "jax"}))
     print("\npolicy update, milliseconds, median (quartiles); 11-64-64-3; cosine: of the peer's step with ours")
@@ -443,7 +446,7 @@ def draw_update():
     rows = read_csv(RESULTS / "update.csv")
     figure, axes = figures(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, n in zip(axes, sorted({row["threads"] for row in rows}), strict=False):
-        for who, colour in zip(("ours", "jax", "sb3", "tianshou"), COLOURS, strict=False):
+        for who, colour in zip(("ours", "default", "jax", "sb3", "tianshou"), COLOURS, strict=False):
             for dtype, style in (("float32", "-"), ("float64", "--")):
                 mine = [r for r in rows if (r["threads"], r["who"], r["dtype"]) == (n, who, dtype)]
                 if mine:
