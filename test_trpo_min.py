@@ -611,36 +611,37 @@ def test_cg_ends_at_a_preconditioner_that_is_not_positive_with_a_status(seed, n)
 
 
 def dense_preconditioner(case, damping, r):
-    policy, theta, obs = case.policy, case.theta, case.obs[::7]
-    J, mu, h, at, parts = dense_jacobian(policy, theta, obs), dense_forward(policy, theta, obs), obs, 0, []
-    M = np.ones((len(obs), 1, 1)) if policy.head == "value" else dense_metric(policy, mu)
+    """Of a value function, whose M is 1."""
+    policy, theta, n = case.policy, case.theta, len(case.obs)
+    step = 1 if n < 128 else 2 if n < 192 else 3 if n < 256 else 4
+    obs = case.obs[[min(k * step + k % step, n - 1) for k in range(-(-n // step))]]
+    J, h, at, parts = dense_jacobian(policy, theta, obs), obs, 0, []
     for W, b in layers(policy, theta)[0]:
         m, n = W.shape
-        G = J[:, :, at + m * n : at + m * n + n]  # the derivative by b is that by what goes into the tanh
+        G = J[:, 0, at + m * n : at + m * n + n]  # the derivative by b is that by what goes into the tanh
         h = np.c_[h, np.ones(len(h))]
-        A, S = h.T @ h / len(h), np.einsum("nki,nkl,nlj->ij", G, M, G) / len(obs)
+        A, S = h.T @ h / len(h), G.T @ G / len(obs)
         a, s = np.trace(A) / len(A), max(np.trace(S) / len(S), 1e-30)
-        A, S = (each if len(each) <= 512 else np.eye(len(each)) * np.trace(each) / len(each) for each in (A, S))
+        A, S = (each if len(each) <= 513 else np.eye(len(each)) * np.trace(each) / len(each) for each in (A, S))
         damped = np.sqrt(max(damping, 1e-6 * a * s))
         A, S = A + damped * np.sqrt(a / s) * np.eye(len(A)), S + damped * np.sqrt(s / a) * np.eye(len(S))
         R = r[at : at + m * n + n].reshape(m + 1, n)
         parts.append(np.linalg.solve(A, np.linalg.solve(S, R.T).T).ravel())
         at, h = at + m * n + n, np.tanh(h[:, :-1] @ W + b)
-    return np.concatenate([*parts, r[at:] / (2 + damping)])
+    return np.concatenate(parts)
 
 
-@given(cases(heads=("gaussian", "categorical", "value"), scales=(0.3, 1.0), wide=6), st.floats(1e-3, 1))
-def test_the_preconditioner_is_the_inverse_of_the_kronecker_products_of_every_seventh_row(case, damping):
-    case = mild(case)
+@given(cases(heads=("value",), scales=(0.3, 1.0), wide=6, max_rows=300), st.floats(1e-3, 1))
+def test_the_preconditioner_is_the_inverse_of_the_kronecker_products_of_some_rows(case, damping):
     r = case.rng.normal(size=case.theta.shape)
     expected = dense_preconditioner(case, damping, r)
-    # A and S are of the order of 1, and 1e-3 at least with their damping; M cancels to 1e-2 in a mild head
+    # A and S are of the order of 1, and 1e-3 at least with their damping
     assert np.linalg.norm(preconditioner(case, damping)(r) - expected) <= 1e-9 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("sizes", [(511, 3, 2), (512, 3, 2), (3, 512, 2), (3, 513, 2)])
-def test_a_factor_of_more_than_512_columns_is_its_mean_eigenvalue(sizes):
-    rng, policy = np.random.default_rng(0), tm.Policy(sizes, "gaussian")
+@pytest.mark.parametrize("sizes", [(512, 3, 1), (513, 3, 1), (3, 513, 1), (3, 514, 1)])
+def test_a_factor_of_more_than_513_columns_is_its_mean_eigenvalue(sizes):
+    rng, policy = np.random.default_rng(0), tm.Policy(sizes, "value")
     case = Case(policy, tm.init_params(policy, rng), rng.normal(size=(20, sizes[0])), rng)
     case.theta[:] += 0.1 * rng.normal(size=case.theta.shape)
     r = rng.normal(size=case.theta.shape)
@@ -648,10 +649,51 @@ def test_a_factor_of_more_than_512_columns_is_its_mean_eigenvalue(sizes):
     assert np.linalg.norm(preconditioner(case, 0.1)(r) - expected) <= 1e-9 * np.linalg.norm(expected)
 
 
-def preconditioner(case, damping):
+@pytest.mark.parametrize(("head", "nvec", "K"), [("gaussian", (), 3), ("categorical", (2, 3), 5)])
+def test_the_mean_of_the_random_factors_is_the_metric_between_the_derivatives_of_the_outputs(head, nvec, K):
+    rng = np.random.default_rng(0)
+    policy = tm.Policy((2, 4, 3, K), head, nvec)
+    theta, state = 0.7 * rng.normal(size=tm.n_params(policy)), rng.normal(size=(1, 2))
+    J, M = dense_jacobian(policy, theta, state)[0, :K], dense_metric(policy, dense_forward(policy, theta, state))[0]
+    sizes, acts, m, nvec = fisher_of(Case(policy, theta, np.repeat(state, 400_000, axis=0), rng))
+    at = 0
+    for (W, b), (_, S) in zip(
+        layers(policy, theta)[0], reversed([*tm._kronecker_factors(theta, sizes, acts, m, nvec)]), strict=True
+    ):
+        G, at = J[:, at + W.size : at + W.size + b.size], at + W.size + b.size
+        expected = G.T @ M[:K, :K] @ G
+        # the mean of 100,000 draws, of each of which the square is at most K^2 times the mean
+        assert np.abs(S - expected).max() <= 6 * K / 100_000**0.5 * np.abs(np.diag(expected)).max()
+
+
+def fisher_of(case):
     acts = tm._activations(case.theta, np.array(case.policy.sizes), case.obs)
-    fisher = tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
-    return tm._preconditioner(case.theta, *fisher, damping)
+    return tm._fisher(case.policy, acts, tm._outputs(case.policy, case.theta, acts))
+
+
+@pytest.mark.parametrize(("dtype", "huge"), [(np.float32, 1e25), (np.float64, 1e160)])
+def test_where_the_factors_overflow_a_solve_goes_on_without_them(dtype, huge):
+    case = fixed_case("gaussian")
+    case.obs[7, 1] = huge
+    case = case._replace(theta=case.theta.astype(dtype), obs=case.obs.astype(dtype))
+    batch = make_batch(case, case.rng.normal(size=len(case.obs)).astype(dtype))
+    infos = [tm.trpo_update(case.policy, case.theta, batch, tm.Config(precondition=each))[1] for each in (True, False)]
+    assert all(info.accepted for info in infos)
+
+
+def test_many_outputs_cost_a_solve_no_more_memory_than_its_activations():
+    rng, policy = np.random.default_rng(0), tm.Policy((3, 8, 1000), "categorical", (1000,))
+    case = Case(policy, tm.init_params(policy, rng), rng.normal(size=(1000, 3)), rng)
+    fisher = fisher_of(case)
+    tracemalloc.start()
+    tm._preconditioner(case.theta, *fisher, 0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 5 * fisher[1].nbytes
+
+
+def preconditioner(case, damping):
+    return tm._preconditioner(case.theta, *fisher_of(case), damping)
 
 
 @given(cases(heads=("gaussian", "categorical", "value"), wide=6), st.sampled_from([0.0, 1e-3, 1.0]))
@@ -666,7 +708,7 @@ def test_the_preconditioner_is_symmetric_and_positive_definite_whatever_the_netw
 def test_the_preconditioner_is_the_inverse_of_f_where_one_layer_is_all_there_is(seed, D, repeats):
     rng = np.random.default_rng(seed)
     value = tm.Policy((D, 1), "value")
-    obs = np.repeat(rng.normal(size=(D + 5, D)), 7 * repeats, axis=0)  # so that every seventh row is as all
+    obs = np.repeat(rng.normal(size=(D + 5, D)), 12 * repeats, axis=0)  # so that every second to fourth row is as all
     case = Case(value, rng.normal(size=D + 1), obs, rng)
     v = rng.normal(size=D + 1)
     Fv = tm.fvp(*case[:3], v)
@@ -789,7 +831,7 @@ def test_cg_ends_at_a_product_or_a_step_that_is_not_finite(factor):
     assert (result.x == 0).all()
 
 
-@given(cases(scales=(0.3, 1.0)), st.floats(0.01, 1), st.integers(1, 12), st.booleans())
+@given(cases(scales=(0.3, 1.0)), st.floats(0.01, 1), st.integers(1, 4), st.booleans())
 def test_the_solve_of_an_update_is_cg_over_fvp_and_its_curvature_leaves_the_damping_out(case, damping, max_iter, plain):
     case = mild(case)
     b = case.rng.normal(size=case.theta.shape)
