@@ -3526,6 +3526,15 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_one_sentence(trained, tmp_
             tm.load(path)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_checkpoint_from_before_there_was_a_preconditioner_goes_on_without_one(trained, tmp_path):
+    settings = trained.config._replace(cg_iters=10)._asdict()
+    del settings["precondition"]
+    earlier = types.SimpleNamespace(_asdict=lambda: settings)
+    tm.save(trained._replace(config=earlier), tmp_path / "checkpoint.npz")
+    assert tm.load(tmp_path / "checkpoint.npz").config == tm.Config(**settings, precondition=False)
+
+
 @pytest.mark.parametrize(("gone", "new"), [("value_kl", None), (None, "kl_memory"), ("value_kl", "kl_memory")])
 def test_a_checkpoint_with_other_settings_loads_and_says_so(trained, tmp_path, gone, new):
     settings = trained.config._asdict() | ({gone: 0.2} if gone else {})

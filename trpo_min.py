@@ -1073,20 +1073,17 @@ def _kronecker_factors(theta, sizes, acts, m, nvec):
     step = max(1, min(4, len(m) // 64))
     rows = np.arange(0, len(m), step)
     rows = np.minimum(rows + rows // step % step, len(m) - 1)
-    layers = [x.reshape(len(m), -1)[rows].astype(float) for x in np.split(acts, len(m) * np.cumsum(sizes)[:-1])]
-    p = m[rows].astype(float)
+    layers, p = np.split(acts, len(m) * np.cumsum(sizes)[:-1]), m[rows].astype(float)
     g = np.sqrt(p) * np.random.default_rng(0).choice((-1.0, 1.0), p.shape)
     if nvec.size:  # M = diag(p) - p p^T of each categorical: row k of B is sqrt(p_k) (e_k - p)
         g -= p * np.repeat(np.add.reduceat(g, np.cumsum(nvec) - nvec, axis=1), nvec, axis=1)
     for layer in range(len(sizes) - 2, -1, -1):
-        if layer < len(sizes) - 2:
-            W, _ = _layer(theta, sizes, layer + 1)
-            g = _product(g, W.T) * (1 - np.square(layers[layer + 1]))
-        h = np.append(layers[layer], np.ones((len(rows), 1)), axis=1)
-        sums = (
-            _product(x.T, x) if x.shape[1] <= 513 else np.square(x).sum().reshape(1, 1) / x.shape[1] for x in (h, g)
-        )
+        h = np.append(layers[layer].reshape(len(m), -1)[rows], np.ones((len(rows), 1)), axis=1)
+        sums = (_product(x.T, x) if x.shape[1] <= 513 else np.array([[(x * x).sum() / x.shape[1]]]) for x in (h, g))
         yield [_mean_over_ranks(x / len(rows), len(rows)) for x in sums]
+        if layer > 0:
+            W, _ = _layer(theta, sizes, layer)
+            g = _product(g, W.T) * (1 - np.square(h[:, :-1]))
 
 
 def _preconditioner(theta, sizes, acts, m, nvec, damping):
