@@ -444,7 +444,7 @@ def update(args):
 
 def draw_update():
     rows = read_csv(RESULTS / "update.csv")
-    figure, axes = figures(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = figures(1, 2, figsize=(10, 3.6), sharey=True)
     for ax, n in zip(axes, sorted({row["threads"] for row in rows}), strict=False):
         for who, colour in zip(("ours", "default", "jax", "sb3", "tianshou"), COLOURS, strict=False):
             for dtype, style in (("float32", "-"), ("float64", "--")):
@@ -454,7 +454,7 @@ def draw_update():
                     ax.loglog(x, 1e3 * np.array(y), style, marker="o", color=colour, label=f"{who} {dtype}")
         ax.set(xlabel="rows of the batch", title=f"{n} thread{'s' * (n != '1')}")
     axes[0].set_ylabel("one policy update, ms")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(RESULTS / "update.png", dpi=120)
 
 
