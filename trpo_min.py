@@ -1055,13 +1055,9 @@ def cg(matvec, b, max_iter=10, tol=1e-10, *, precondition=None):
     return CGResult(x * scale, _dot(r, r) ** 0.5 * float(scale), n_iter, status)
 
 
-def _product(a, b):
-    """a b in float64, on SciPy's BLAS, which _one_blas_thread holds to one thread: NumPy has its own."""
-    return scipy.linalg.blas.dgemm(1.0, b.T, a.T).T  # BLAS counts columns first
-
-
 def _kronecker_factors(theta, sizes, acts, m, nvec):
-    """A (m + 1, m + 1) and S (n, n) for each layer, of W (m, n), the last first: A (x) S is near its block of F.
+    """A (m + 1, m + 1) and S (n, n) for each layer, of W (m, n), the last first: A (x) S is near its block of F.  Of
+    each, the upper half: below the diagonal are zeros.
 
     A = mean h h^T of its inputs h and a 1 for b; S = mean g g^T, g = G^T B^T e with G (K, n) the derivative of the
     outputs by what goes into its tanh, M = B^T B and e random signs: E[g g^T] = G^T M G at the cost of one output.
@@ -1073,17 +1069,18 @@ def _kronecker_factors(theta, sizes, acts, m, nvec):
     step = max(1, min(4, len(m) // 64))
     rows = np.arange(0, len(m), step)
     rows = np.minimum(rows + rows // step % step, len(m) - 1)
-    layers, p = np.split(acts, len(m) * np.cumsum(sizes)[:-1]), m[rows].astype(float)
-    g = np.sqrt(p) * np.random.default_rng(0).choice((-1.0, 1.0), p.shape)
+    layers, p = np.split(acts, len(m) * np.cumsum(sizes)[:-1]), m[rows]
+    gemm, syrk = scipy.linalg.get_blas_funcs(("gemm", "syrk"), dtype=acts.dtype)  # _one_blas_thread is of SciPy's
+    g = np.sqrt(p) * np.random.default_rng(0).choice(np.array((-1, 1), acts.dtype), p.shape)
     if nvec.size:  # M = diag(p) - p p^T of each categorical: row k of B is sqrt(p_k) (e_k - p)
         g -= p * np.repeat(np.add.reduceat(g, np.cumsum(nvec) - nvec, axis=1), nvec, axis=1)
     for layer in range(len(sizes) - 2, -1, -1):
-        h = np.append(layers[layer].reshape(len(m), -1)[rows], np.ones((len(rows), 1)), axis=1)
-        sums = (_product(x.T, x) if x.shape[1] <= 513 else np.array([[(x * x).sum() / x.shape[1]]]) for x in (h, g))
-        yield [_mean_over_ranks(x / len(rows), len(rows)) for x in sums]
+        h = np.append(layers[layer].reshape(len(m), -1)[rows], np.ones((len(rows), 1), acts.dtype), axis=1)
+        sums = (syrk(1.0, x.T) if x.shape[1] <= 513 else np.array([[(x * x).sum() / x.shape[1]]]) for x in (h, g))
+        yield [_mean_over_ranks(x.astype(float) / len(rows), len(rows)) for x in sums]
         if layer > 0:
             W, _ = _layer(theta, sizes, layer)
-            g = _product(g, W.T) * (1 - np.square(h[:, :-1]))
+            g = gemm(1.0, W.T, g.T, trans_a=1).T * (1 - np.square(h[:, :-1]))  # BLAS counts columns first
 
 
 def _preconditioner(theta, sizes, acts, m, nvec, damping):
@@ -1092,26 +1089,24 @@ def _preconditioner(theta, sizes, acts, m, nvec, damping):
     (A + u I) (x) (S + damping / u I) stands for A (x) S + damping I, with u^2 damping times the mean eigenvalue of A
     over that of S.
     """
-    inverses = []
+    inverses, symm = [], scipy.linalg.get_blas_funcs("symm", dtype=theta.dtype)
     for A, S in _kronecker_factors(theta, sizes, acts, m, nvec):
         a, s = A.trace() / len(A), max(S.trace() / len(S), 1e-30)
         if not a * s < np.inf:  # the squares overflow
             return lambda r: r
         damped = max(damping, 1e-6 * a * s) ** 0.5  # so few rows may say nothing of some directions
         for factor, ratio in ((A, a / s), (S, s / a)):
-            diagonal = slice(None, None, len(factor) + 1)
-            factor.flat[diagonal] += damped * ratio**0.5
-            upper, _ = scipy.linalg.lapack.dpotri(scipy.linalg.lapack.dpotrf(factor)[0])  # half of the inverse
-            factor[:] = upper + upper.T
-            factor.flat[diagonal] /= 2
-        inverses.insert(0, (A, S))
+            factor.flat[:: len(factor) + 1] += damped * ratio**0.5
+            factor[:], _ = scipy.linalg.lapack.dpotri(scipy.linalg.lapack.dpotrf(factor)[0])
+        inverses.insert(0, (A.astype(theta.dtype), S.astype(theta.dtype)))
 
     def times(r):
         z, start = r / (2 + damping), 0  # log_std's block of F is 2 I
         for (A, S), m, n in zip(inverses, sizes[:-1] + 1, sizes[1:], strict=True):
-            R = r[start : start + m * n].reshape(m, n)
-            R = _product(A, R) if len(A) == m else A * R
-            z[start : start + m * n] = (_product(R, S) if len(S) == n else R * S).ravel()
+            R = r[start : start + m * n].reshape(m, n).astype(A.dtype, copy=False)
+            R = symm(1.0, A, R.T, side=1).T if len(A) == m else A * R  # it reads the upper half
+            R = symm(1.0, S, R.T).T if len(S) == n else R * S
+            z[start : start + m * n] = R.ravel()
             start += m * n
         return z
 
