@@ -716,6 +716,13 @@ def test_the_preconditioner_is_symmetric_and_positive_definite_whatever_the_netw
     assert np.linalg.eigvalsh((P + P.T) / 2 / scale).min() > -1e-6
 
 
+@given(cases(heads=("gaussian",), wide=6), st.sampled_from([0.0, 1e-3, 1.0]))
+def test_the_preconditioner_is_the_inverse_of_f_in_log_std(case, damping):
+    v = np.zeros_like(case.theta)
+    v[-case.policy.sizes[-1] :] = case.rng.normal(size=case.policy.sizes[-1])
+    assert allclose(preconditioner(case, damping)(tm.fvp(*case[:3], v, damping)), v, rtol=10 * EPS)
+
+
 @given(seeds, st.integers(1, 6), st.integers(1, 5))
 def test_the_preconditioner_is_the_inverse_of_f_where_one_layer_is_all_there_is(seed, D, repeats):
     rng = np.random.default_rng(seed)

@@ -1103,7 +1103,7 @@ def _preconditioner(theta, sizes, acts, m, nvec, damping):
     def times(r):
         z, start = r / (2 + damping), 0  # log_std's block of F is 2 I
         for (A, S), m, n in zip(inverses, sizes[:-1] + 1, sizes[1:], strict=True):
-            R = r[start : start + m * n].reshape(m, n).astype(A.dtype, copy=False)
+            R = r[start : start + m * n].reshape(m, n)
             R = symm(1.0, A, R.T, side=1).T if len(A) == m else A * R  # it reads the upper half
             R = symm(1.0, S, R.T).T if len(S) == n else R * S
             z[start : start + m * n] = R.ravel()
