@@ -295,7 +295,7 @@ class Config(NamedTuple):
         float, "[0, 1)", "stop a solve at this residual over the right-hand side; at 1e-3 or more F v is in float32"
     ] = 0.01
     precondition: Annotated[
-        bool, "", "precondition the solves by Kronecker factors of F; without, set cg_iters to 10 or more"
+        bool, "", "precondition solves by Kronecker factors of F: with damping 1e-3 or more; else set cg_iters to 10"
     ] = True
     backtrack_coef: Annotated[float, "(0, 1)", "factor on the step per backtrack"] = 0.8
     max_backtracks: Annotated[int, "[1, inf)", "candidates the line search tries"] = 15
@@ -1087,7 +1087,9 @@ def _preconditioner(theta, sizes, acts, m, nvec, damping):
     """A function of r: about (F + damping I)^-1 r, by A^-1 R S^-1 for each layer's part R (m + 1, n) of r.
 
     (A + u I) (x) (S + damping / u I) stands for A (x) S + damping I, with u^2 damping times the mean eigenvalue of A
-    over that of S.
+    over that of S.  Without damping, where F is singular as a rule, a solve goes far along what F does not see, and the
+    line search has to come back: at damping 0 a quarter of random small networks and batches gained less than half as
+    much as by ten plain iterations, at 0.001 three in a hundred, at 0.1 two.
     """
     inverses, symm = [], scipy.linalg.get_blas_funcs("symm", dtype=theta.dtype)
     for A, S in _kronecker_factors(theta, sizes, acts, m, nvec):
