@@ -693,6 +693,16 @@ def test_where_the_factors_overflow_a_solve_goes_on_without_them(dtype, huge):
     assert all(info.accepted for info in infos)
 
 
+def test_a_damping_that_numpy_made_gives_the_same_update_in_float32():
+    case = fixed_case("gaussian")
+    case = case._replace(theta=case.theta.astype(np.float32), obs=case.obs.astype(np.float32))
+    batch = make_batch(case, case.rng.normal(size=len(case.obs)).astype(np.float32))
+    python, numpy = (
+        tm.trpo_update(case.policy, case.theta, batch, tm.Config(damping=c)) for c in (0.1, np.float64(0.1))
+    )
+    assert np.array_equal(python[0], numpy[0])
+
+
 def test_many_outputs_cost_a_solve_no_more_memory_than_its_activations():
     rng, policy = np.random.default_rng(0), tm.Policy((3, 8, 1000), "categorical", (1000,))
     case = Case(policy, tm.init_params(policy, rng), rng.normal(size=(1000, 3)), rng)

@@ -203,8 +203,9 @@ def data_parallel(comm):
     """In the block, trpo_update, fit_value, train and what they call are collective over the ranks of comm (mpi4py).
 
     Each rank brings rows of its own, one or more, and the same seed, parameters and config.  Every mean over rows is
-    then one over the rows of all ranks, so that all come to the same bits: up to rounding, those of one process on all
-    rows.  Where one rank raises, the others would wait for ever: python -m mpi4py script.py ends them all.
+    then one over the rows of all ranks, so that all come to the same bits.  Without precondition these are, up to
+    rounding, those of one process on all rows; its factors are of some rows, others then, which can move a step by a
+    few hundredths.  Where one rank raises, the others would wait for ever: python -m mpi4py script.py ends them all.
     """
     global _ranks
     if comm is not None and not hasattr(comm, "Allreduce"):
@@ -287,9 +288,9 @@ class Config(NamedTuple):
     kl_memory: Annotated[
         float, "[0, 1]", "decay of means of adv^2 and variance of returns: max_kl shrinks with both below; 0: never"
     ] = 1.0
-    damping: Annotated[float, "[0, inf)", "c in (F + c I), in the solve for the direction; not in the step length"] = (
-        0.1
-    )
+    damping: Annotated[
+        float, "[0, inf)", "c in (F + c I), in the solve, not in the step length; with precondition 1e-3 or more"
+    ] = 0.1
     cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per step"] = 4
     cg_tol: Annotated[
         float, "[0, 1)", "stop a solve at this residual over the right-hand side; at 1e-3 or more F v is in float32"
@@ -305,7 +306,9 @@ class Config(NamedTuple):
     value_iters: Annotated[
         int, "[0, inf)", "Gauss-Newton steps of the value function per update; 0: only its mean error"
     ] = 1
-    value_damping: Annotated[float, "[0, inf)", "damping of a value step, times the variance of the returns"] = 0.03
+    value_damping: Annotated[
+        float, "[0, inf)", "damping of a value step, times the variance of the returns; 1e-3 or more too"
+    ] = 0.03
 
 
 _FIELDS = typing.get_type_hints(Config, include_extras=True)
@@ -1007,7 +1010,7 @@ def _dot(a, b):
 
 
 def _cg(matvec, b, max_iter, tol, precondition):
-    """x, the residual r = b - A x by recurrence, iterations and status of cg.  matvec may round more than b's dtype."""
+    """x, the residual r = b - A x by recurrence, iterations and status of cg.  matvec may be less precise than b."""
     x, r, p, rz, limits = np.zeros_like(b), b.copy(), np.zeros_like(b), np.inf, np.finfo(b.dtype)
     stop = max(tol, float(limits.eps)) ** 2 * _dot(r, r)  # where F is singular, x would grow by rounding alone
     for n_iter in range(max_iter):
@@ -1061,10 +1064,10 @@ def _kronecker_factors(theta, sizes, acts, m, nvec):
 
     A = mean h h^T of its inputs h and a 1 for b; S = mean g g^T, g = G^T B^T e with G (K, n) the derivative of the
     outputs by what goes into its tanh, M = B^T B and e random signs: E[g g^T] = G^T M G at the cost of one output.
-    Every fourth row is enough, of fewer than 256 more; and each one place further on than the last, as the rows of
+    Every fourth row is enough, of fewer than 256, more; and each one place further on than the last, as the rows of
     environments may take turns.  Of more than 513 columns (a layer of 512 and the 1), a factor would cost more than it
-    spares: its mean eigenvalue (1, 1) stands for it.  Source: Martens and Grosse 2015, "Optimizing Neural Networks with
-    Kronecker-factored Approximate Curvature", arXiv:1503.05671.
+    spares: its mean eigenvalue, in a matrix (1, 1), stands for it.  Source: Martens and Grosse 2015, "Optimizing Neural
+    Networks with Kronecker-factored Approximate Curvature", arXiv:1503.05671.
     """
     step = max(1, min(4, len(m) // 64))
     rows = np.arange(0, len(m), step)
@@ -1096,7 +1099,7 @@ def _preconditioner(theta, sizes, acts, m, nvec, damping):
         a, s = A.trace() / len(A), max(S.trace() / len(S), 1e-30)
         if not a * s < np.inf:  # the squares overflow
             return lambda r: r
-        damped = max(damping, 1e-6 * a * s) ** 0.5  # so few rows may say nothing of some directions
+        damped = max(damping, 1e-6 * a * s) ** 0.5  # the rows may say nothing of some directions
         for factor, ratio in ((A, a / s), (S, s / a)):
             factor.flat[:: len(factor) + 1] += damped * ratio**0.5
             factor[:], _ = scipy.linalg.lapack.dpotri(scipy.linalg.lapack.dpotrf(factor)[0])
@@ -1147,7 +1150,7 @@ def _solve(theta, b, sizes, acts, m, nvec, damping, config):
 
     x^T F x = x . (b - r) - damping x . x costs no product; where that cancels four digits or more, it takes one.
     """
-    jac = _jac(theta, sizes, acts, config.cg_iters)
+    damping, jac = float(damping), _jac(theta, sizes, acts, config.cg_iters)
     P = _preconditioner(theta, sizes, acts, m, nvec, damping) if config.precondition else lambda r: r
 
     def F(v, c=0.0):
@@ -1171,8 +1174,8 @@ def _solve_to_tol(theta, b, sizes, acts, m, nvec, damping, config):
     if theta.dtype == np.float64 and config.cg_tol >= 1e-3:
         theta_32, acts_32, m_32 = (each.astype(np.float32) for each in (theta, acts, m))
         scale = float(np.abs(b).max()) or 1.0  # so that float32 can hold b
-        b_32 = b / scale
-        x, residual, n_iter, status, curvature = _solve(theta_32, b_32, sizes, acts_32, m_32, nvec, damping, config)
+        b_scaled = b / scale
+        x, residual, n_iter, status, curvature = _solve(theta_32, b_scaled, sizes, acts_32, m_32, nvec, damping, config)
         if status in (CONVERGED, ITERATION_LIMIT) and 0 < curvature < np.inf:
             return x * scale, residual * scale, n_iter, status, curvature * (scale * scale)
     return _solve(theta, b, sizes, acts, m, nvec, damping, config)
