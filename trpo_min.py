@@ -204,8 +204,9 @@ def data_parallel(comm):
 
     Each rank brings rows of its own, one or more, and the same seed, parameters and config.  Every mean over rows is
     then one over the rows of all ranks, so that all come to the same bits.  Without precondition these are, up to
-    rounding, those of one process on all rows; its factors are of some rows, others then, which can move a step by a
-    few hundredths.  Where one rank raises, the others would wait for ever: python -m mpi4py script.py ends them all.
+    rounding, those of one process on all rows; with it only nearly, as the factors are of some of each rank's rows, and
+    of others in one process.  Where one rank raises, the others would wait for ever: python -m mpi4py script.py ends
+    them all.
     """
     global _ranks
     if comm is not None and not hasattr(comm, "Allreduce"):
@@ -1073,7 +1074,8 @@ def _kronecker_factors(theta, sizes, acts, m, nvec):
     rows = np.arange(0, len(m), step)
     rows = np.minimum(rows + rows // step % step, len(m) - 1)
     layers, p = np.split(acts, len(m) * np.cumsum(sizes)[:-1]), m[rows]
-    gemm, syrk = scipy.linalg.get_blas_funcs(("gemm", "syrk"), dtype=acts.dtype)  # _one_blas_thread is of SciPy's
+    # of SciPy's BLAS, which _one_blas_thread holds to one thread: NumPy has its own
+    gemm, syrk = scipy.linalg.get_blas_funcs(("gemm", "syrk"), dtype=acts.dtype)
     g = np.sqrt(p) * np.random.default_rng(0).choice(np.array((-1, 1), acts.dtype), p.shape)
     if nvec.size:  # M = diag(p) - p p^T of each categorical: row k of B is sqrt(p_k) (e_k - p)
         g -= p * np.repeat(np.add.reduceat(g, np.cumsum(nvec) - nvec, axis=1), nvec, axis=1)
@@ -1091,8 +1093,7 @@ def _preconditioner(theta, sizes, acts, m, nvec, damping):
 
     (A + u I) (x) (S + damping / u I) stands for A (x) S + damping I, with u^2 damping times the mean eigenvalue of A
     over that of S.  Without damping, where F is singular as a rule, a solve goes far along what F does not see, and the
-    line search has to come back: at damping 0 a quarter of random small networks and batches gained less than half as
-    much as by ten plain iterations, at 0.001 three in a hundred, at 0.1 two.
+    line search has to come back.
     """
     inverses, symm = [], scipy.linalg.get_blas_funcs("symm", dtype=theta.dtype)
     for A, S in _kronecker_factors(theta, sizes, acts, m, nvec):
