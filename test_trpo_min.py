@@ -1323,7 +1323,8 @@ def test_an_update_reports_the_residual_of_its_solve_in_the_units_of_the_gradien
     case = fixed_case(head)
     batch, config = make_batch(case, 100 * case.rng.normal(size=60)), tm.Config(cg_iters=3)
     grad = tm.surrogate_grad(case.policy, case.theta, batch)
-    F, P = lambda p: tm.fvp(*case[:3], p, config.damping), preconditioner(case, config.damping)
+    c = config.damping * ((np.exp(-2 * case.theta[-4:]) / 2).mean() if head == "gaussian" else 1)
+    F, P = lambda p: tm.fvp(*case[:3], p, c), preconditioner(case, c)
     solved = tm.cg(F, grad, config.cg_iters, config.cg_tol, precondition=P)
     _, info = tm.trpo_update(case.policy, case.theta, batch, config)
     assert isclose(info.cg_residual, solved.residual_norm, rtol=1e-6) and solved.residual_norm > 1e-3 * info.grad_norm
@@ -1375,6 +1376,24 @@ def test_scaling_all_advantages_leaves_the_step_unchanged(case, factor):
     # dividing by the largest advantage rounds once, which CG amplifies by a few condition numbers
     if info.backtracks == scaled.backtracks:
         assert np.abs(one - other).max() <= 1e-6 * np.abs(one - case.theta).max()
+
+
+@given(cases(heads=("gaussian",), scales=(0.3, 1.0), max_rows=100), st.floats(0.1, 10))
+def test_all_sigmas_times_a_factor_leave_the_direction_of_the_step_in_the_weights(case, factor):
+    case = mild(case)
+    A, config, steps = case.policy.sizes[-1], tm.Config(damping=0.1, cg_iters=300, cg_tol=1e-10), []
+    z, adv = case.rng.normal(size=(2, len(case.obs), A))
+    for k in (1.0, factor):
+        theta = case.theta.copy()
+        theta[-A:] += np.log(k)
+        mu = tm.forward(case.policy, theta, case.obs)
+        batch = tm.Batch(case.obs, mu[:, :A] + np.exp(theta[-A:]) * z, adv[:, 0], mu)
+        new, info = tm.trpo_update(case.policy, theta, batch, config)
+        steps.append((new - theta)[:-A])
+        assume(info.accepted and info.cg_status == "converged" and np.abs(steps[-1]).max() > 1e-3 * np.abs(theta).max())
+    # each solve is off by 1e-10 |g|, g in log_std included, over a damping of 0.05 / sigma^2 at least
+    one, other = (step / np.linalg.norm(step) for step in steps)
+    assert np.linalg.norm(one - other) <= 1e-6
 
 
 @given(update_cases(), st.floats(1e-6, 1e-1))
@@ -1654,7 +1673,7 @@ def test_a_value_step_of_one_conjugate_gradient_iteration_goes_along_the_gradien
 @given(cases(heads=("value",), scales=(0.1, 0.5), max_rows=50, wide=8), st.floats(-1e3, 1e3))
 def test_returns_that_are_all_higher_move_the_bias_of_the_value_function_and_nothing_else(case, height):
     returns = dense_forward(*case[:3])[:, 0] + case.rng.normal(size=len(case.obs))
-    config = tm.Config(value_iters=1)
+    config = tm.Config(value_iters=1, cg_tol=1e-10)
     low, high = (tm.fit_value(*case[:3], returns + more, config) for more in (0.0, height))
     assume(np.var(returns) > 1e-3)
     # the errors differ by eps x 1e3, and the step of each is at most J over the damping as long
