@@ -1316,8 +1316,8 @@ def surrogate_grad(policy, theta, batch):
 def _trust_region_step(net, params, acts, mu, grad, objective, divergence, radius, longest, config):
     """Uphill along (F + c I)^-1 grad as far as the quadratic model allows, then backtracking: E4 to E7.
 
-    c is damping, of a Gaussian times the KL of means one apart, 1 / 2 sigma^2.  As sigma falls, what F says of the
-    weights grows so, and what it says of log_std stays 2 I: damping would fade, and sigma fall on, with c constant.
+    c is damping; of a Gaussian, damping times mean 1 / 2 sigma^2, the KL of two means one apart.  As sigma falls, F
+    grows so in the weights, and stays 2 I in log_std: with c constant, damping would fade, and sigma fall on.
     No candidate is further than longest times that direction.  objective(mu) is a number, divergence(mu) (N,) of each
     row.  The step kept has a mean divergence <= radius and a larger objective; if none has, params come back as they
     are.  Returns (params, acts at them, their divergence, the fields of UpdateInfo about the step).
