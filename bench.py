@@ -234,7 +234,7 @@ CONFIG = tm.Config(damping=0.1, cg_iters=10, cg_tol=0.0, precondition=False)  # 
 def gaussian_batch(sizes, n_rows, dtype):
     """A policy, its parameters and a batch sampled from it."""
     policy, theta, obs, _, rng = fisher_case(sizes, n_rows, dtype)
-    theta[-sizes[-1] :] = -np.log(2) / 2  # sigma^2 = 1/2, where c is damping itself, as the peers have it
+    theta[-sizes[-1] :] = -np.log(3) / 2  # sigma^2 = 1/3, where c is damping itself, as the peers have it
     mu, adv = tm.forward(policy, theta, obs), rng.standard_normal(n_rows).astype(dtype)
     return policy, theta, tm.Batch(obs, tm.sample(policy, mu, rng), adv - adv.mean(), mu)
 

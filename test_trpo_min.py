@@ -1323,7 +1323,7 @@ def test_an_update_reports_the_residual_of_its_solve_in_the_units_of_the_gradien
     case = fixed_case(head)
     batch, config = make_batch(case, 100 * case.rng.normal(size=60)), tm.Config(cg_iters=3)
     grad = tm.surrogate_grad(case.policy, case.theta, batch)
-    c = config.damping * ((np.exp(-2 * case.theta[-4:]) / 2).mean() if head == "gaussian" else 1)
+    c = config.damping * ((np.exp(-2 * case.theta[-4:]) / 3).mean() if head == "gaussian" else 1)
     F, P = lambda p: tm.fvp(*case[:3], p, c), preconditioner(case, c)
     solved = tm.cg(F, grad, config.cg_iters, config.cg_tol, precondition=P)
     _, info = tm.trpo_update(case.policy, case.theta, batch, config)
@@ -1391,7 +1391,7 @@ def test_all_sigmas_times_a_factor_leave_the_direction_of_the_step_in_the_weight
         new, info = tm.trpo_update(case.policy, theta, batch, config)
         steps.append((new - theta)[:-A])
         assume(info.accepted and info.cg_status == "converged" and np.abs(steps[-1]).max() > 1e-3 * np.abs(theta).max())
-    # each solve is off by 1e-10 |g|, g in log_std included, over a damping of 0.05 / sigma^2 at least
+    # each solve is off by 1e-10 |g|, g in log_std included, over a damping of 0.03 / sigma^2 at least
     one, other = (step / np.linalg.norm(step) for step in steps)
     assert np.linalg.norm(one - other) <= 1e-6
 

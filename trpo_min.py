@@ -290,7 +290,7 @@ class Config(NamedTuple):
         float, "[0, 1]", "decay of means of adv^2 and variance of returns: max_kl shrinks with both below; 0: never"
     ] = 1.0
     damping: Annotated[
-        float, "[0, inf)", "c in (F + c I), of a Gaussian over mean 1 / 2 sigma^2; with precondition 1e-3 or more"
+        float, "[0, inf)", "c in (F + c I), of a Gaussian over mean 1 / 3 sigma^2; with precondition 1e-3 or more"
     ] = 0.1
     cg_iters: Annotated[int, "[1, inf)", "most conjugate gradient iterations per step"] = 4
     cg_tol: Annotated[
@@ -1316,8 +1316,9 @@ def surrogate_grad(policy, theta, batch):
 def _trust_region_step(net, params, acts, mu, grad, objective, divergence, radius, longest, config):
     """Uphill along (F + c I)^-1 grad as far as the quadratic model allows, then backtracking: E4 to E7.
 
-    c is damping; of a Gaussian, damping times mean 1 / 2 sigma^2, the KL of two means one apart.  As sigma falls, F
-    grows so in the weights, and stays 2 I in log_std: with c constant, damping would fade, and sigma fall on.
+    c is damping; of a Gaussian, damping times mean 1 / 3 sigma^2: 1 where actions are as spread as uniform ones in
+    [-1, 1].  As sigma falls, F grows so in the weights, and stays 2 I in log_std: with c constant, damping would fade,
+    and sigma fall on.
     No candidate is further than longest times that direction.  objective(mu) is a number, divergence(mu) (N,) of each
     row.  The step kept has a mean divergence <= radius and a larger objective; if none has, params come back as they
     are.  Returns (params, acts at them, their divergence, the fields of UpdateInfo about the step).
@@ -1325,7 +1326,7 @@ def _trust_region_step(net, params, acts, mu, grad, objective, divergence, radiu
     sizes, n_rows = np.array(net.sizes), acts.size // sum(net.sizes)
     obs, old = acts[: n_rows * net.sizes[0]].reshape(n_rows, -1), objective(mu)
     fisher = _fisher(net, acts, mu)
-    unit = float(fisher[2][0].mean()) / 2 if net.head == "gaussian" else 1.0  # sigma is the same in every state
+    unit = float(fisher[2][0].mean()) / 3 if net.head == "gaussian" else 1.0  # sigma is the same in every state
     step_dir, cg_residual, cg_iters, status, curvature = _solve_to_tol(  # E4, E5
         params, grad, *fisher, config.damping * unit, config
     )
