@@ -228,13 +228,14 @@ def fvp(args):
 
 
 # ====================================================================================== the whole update, and its peers
-CONFIG = tm.Config(damping=0.1, cg_iters=10, cg_tol=0.0, precondition=False)  # the peers' ten products in plain CG
+DAMPING = 0.1  # c in (F + c I), which Tianshou does not let one choose
+CONFIG = tm.Config(damping=3 * DAMPING, cg_iters=10, cg_tol=0.0, precondition=False)  # as the peers, where sigma is 1
 
 
 def gaussian_batch(sizes, n_rows, dtype):
     """A policy, its parameters and a batch sampled from it."""
     policy, theta, obs, _, rng = fisher_case(sizes, n_rows, dtype)
-    theta[-sizes[-1] :] = -np.log(3) / 2  # sigma^2 = 1/3, where c is damping itself, as the peers have it
+    theta[-sizes[-1] :] = 0  # sigma 1
     mu, adv = tm.forward(policy, theta, obs), rng.standard_normal(n_rows).astype(dtype)
     return policy, theta, tm.Batch(obs, tm.sample(policy, mu, rng), adv - adv.mean(), mu)
 
@@ -280,7 +281,7 @@ def sb3(policy, theta, batch):
     env.observation_space = gym.spaces.Box(-np.inf, np.inf, (D,), np.float32)
     env.action_space = gym.spaces.Box(-1, 1, (A,), np.float32)
     # its KL is a mean over the components of the action too: with these, the problem that it solves is ours
-    options = {"cg_damping": CONFIG.damping / A, "target_kl": CONFIG.max_kl / A, "cg_max_steps": CONFIG.cg_iters}
+    options = {"cg_damping": DAMPING / A, "target_kl": CONFIG.max_kl / A, "cg_max_steps": CONFIG.cg_iters}
     options |= {"n_critic_updates": 0, "normalize_advantage": False, "n_steps": N, "batch_size": N}
     model = TRPO("MlpPolicy", env, **options, policy_kwargs={"net_arch": list(policy.sizes[1:-1])}, device="cpu")
     model.set_logger(Logger(None, []))
@@ -378,7 +379,7 @@ def jax(policy, theta, batch):
 
         def step(_, carry):
             x, r, p, rr = carry
-            Ap = F(p) + CONFIG.damping * p
+            Ap = F(p) + DAMPING * p
             alpha = rr / (p @ Ap)
             r = r - alpha * Ap
             return x + alpha * p, r, r + (r @ r) / rr * p, r @ r
